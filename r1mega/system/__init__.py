@@ -1,0 +1,1 @@
+"""Processes and their end, killable workers, atomic files: what every floor above needs."""

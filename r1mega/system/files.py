@@ -1,0 +1,78 @@
+"""Files that are never seen half written, and JSON lines whose errors name their place.
+
+Invariant: after ``write_atomically`` returns, the path holds the new content on disk; at any moment
+before, and after a crash at any point, it holds the old content or nothing.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data``; readers see the old file or the new one, also after a crash."""
+    content = data.encode() if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+    )
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it private to the user
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every non-blank line of ``path``."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _parse_object(path, number, line)
+
+
+def _parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number}: expected UTF-8 text, got {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{number}: expected one JSON object per line, "
+            f"got {_excerpt(line)} ({error.msg}, column {error.colno})"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}:{number}: expected one JSON object per line, got {_excerpt(line)}"
+        )
+    return value
+
+
+def _excerpt(line: bytes, length: int = 60) -> str:
+    text = line.decode("utf-8", errors="replace").strip()
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the rename itself durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """Read the umask without setting it (setting is process-wide and races with other threads)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o022

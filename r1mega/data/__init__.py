@@ -1,0 +1,1 @@
+"""Prompts and documents: read, render, tokenize, order."""

@@ -78,6 +78,7 @@ class Score:
     parts: dict[str, float]  # "accuracy" -> 1.0, "format" -> 0.0: unweighted
     reason: str = ""
     error: str | None = None
+    timed_out: bool = False  # grading hit a limit: counted as wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

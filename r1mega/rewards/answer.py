@@ -4,8 +4,8 @@ The rules, each a row of the test's table:
 - Thinking is not an answer: only text after the last ``</think>`` counts, and none of it from a
   later ``<think>`` on. A response without think tags is searched whole (the format reward already
   says what is missing); one whose only ``<think>`` is never closed has no answer after it.
-- The answer is the text of the last complete ``<answer>...</answer>``; an ``<answer>`` that is never
-  closed is not an answer, and of nested ones the innermost counts.
+- The answer is the text of the last complete ``<answer>...</answer>``; an ``<answer>`` that is
+  never closed is not an answer, and of nested ones the innermost counts.
 - Inside it, a ``\\boxed{`` announces the final answer: what precedes the last one is left out.
 """
 

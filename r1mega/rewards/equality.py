@@ -12,10 +12,7 @@ measures wall time and swallows the expiry; the worker's CPU clock is the limit.
 import logging
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sympy import Basic
+from typing import Any
 
 # Decimal places in which floats must agree. math-verify's default of 6 accepts 2.718281828 for e
 # and 0.3333334 for 0.3333333: a reward should ask for the number itself.
@@ -31,27 +28,22 @@ def load_equality() -> Callable[[Any], bool]:
     logging.disable(logging.WARNING)  # "timeout is disabled": it is, see above
     from math_verify import parse, verify
 
-    def read(text: str) -> "list[Basic | str]":
-        return [reading for form in _readings(text) for reading in parse(form, parsing_timeout=None)]
+    def read(text: str) -> Any:
+        return parse(text, parsing_timeout=None)
 
     def equal(pair: Any) -> bool:
         gold, answer = pair
         if _WORDS.fullmatch(gold):
             return bool(gold.casefold() == answer.casefold())
-        gold_form = _readings(gold)[0]
-        return bool(
-            verify(
-                parse(gold_form, parsing_timeout=None),
-                read(answer),
-                float_rounding=FLOAT_ROUNDING,
-                timeout_seconds=None,
-            )
-        )
+        answers = [reading for form in readings(answer) for reading in read(form)]
+        options = {"float_rounding": FLOAT_ROUNDING, "timeout_seconds": None}
+        return bool(verify(read(readings(gold)[0]), answers, **options))
 
     return equal
 
 
-def _readings(text: str) -> list[str]:
+def readings(text: str) -> list[str]:
+    """The forms in which math-verify gets a text: ``readings("7 or 8") == [r"\\boxed{7 or 8}"]``."""
     if _DELIMITED.search(text):
         return [text]
     boxed = f"\\boxed{{{text}}}"

@@ -1,10 +1,11 @@
 """Killable worker processes for work that may hang, crash or eat the machine.
 
-Invariants: every item gets exactly one Result, in order, within a bounded time; an item that overruns
-its CPU seconds or memory costs its worker its life and nobody else anything; messages are JSON lines
-over pipes, never pickles; a worker starts in the background, imports no torch and never outlives
-its parent. CPU time is charged, not wall time, so a loaded machine changes no result; the wall limit
-only catches a worker that waits for something that never comes, which is the machinery's fault.
+Invariants: every item gets exactly one Result, in order, within a bounded time; an item that
+overruns its CPU seconds or memory costs its worker its life and nobody else anything; messages are
+JSON lines over pipes, never pickles; a worker starts in the background, imports no torch and never
+outlives its parent for longer than one item. CPU time is charged, not wall time, so a loaded machine
+changes no result; the wall limit only catches a worker that waits for something that never comes,
+which is the machinery's fault.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 _SCRIPT = Path(__file__).with_name("worker_main.py")
-# Nothing else of the environment (credentials least of all) reaches a process that reads model text.
+# No more of the environment, credentials least of all, reaches a process that reads model text.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 _BACKSTOP_S = 5.0  # past the worker's own wall clock: for a process that was stopped
 _MAX_FAILED_STARTS = 3  # in a row, over the whole pool
@@ -130,10 +131,12 @@ class WorkerPool:
                 for worker, result in _next_results(self._workers):
                     if result.outcome != "value" or worker.items >= self._limits.items_per_worker:
                         self._replace(worker)
-                    index = busy.pop(worker, -1)  # a worker may also die idle, or while starting
-                    if result.outcome == "error" and 0 <= index and attempts[index] < _MAX_ATTEMPTS:
+                    if worker not in busy:
+                        continue  # it died idle, or while starting
+                    index = busy.pop(worker)
+                    if result.outcome == "error" and attempts[index] < _MAX_ATTEMPTS:
                         waiting.append(index)
-                    elif index >= 0:
+                    else:
                         results[index] = result
         finally:
             for worker in busy:  # left by an exception: nobody is there to take its answer
@@ -160,7 +163,7 @@ class _Worker:
         self.deadline = math.inf
         self._limits = limits
         self._buffer = b""
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: until kill()
         self._process = subprocess.Popen(
             # -P: the script's folder must not shadow modules of the same names
             [sys.executable, "-P", str(_SCRIPT)],

@@ -1,6 +1,6 @@
 """The network's configuration as Hugging Face's config.json, both ways; no torch.
 
-``model_from_hf(hf_config(model)) == model`` but for ``init`` and ``tokenizer``, which are places and
+``model_from_hf(hf_config(model)) == model`` but for ``init`` and ``tokenizer``, which are places,
 not part of the network. A value that our network does not implement is an error, never ignored.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from r1mega.config.schema import Model, RopeScaling
 
-# What DeepSeek-V3 fixes: SGLang and transformers read these keys, our network has no choice in them.
+# What DeepSeek-V3 fixes: SGLang and transformers read these keys, our network has one value each.
 _FIXED: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "hidden_act": "silu",
@@ -35,7 +35,7 @@ def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
         **{name: getattr(model, name) for name in _SHARED},
         "num_key_value_heads": model.num_attention_heads,
         "ep_size": 1,
-        # The old pair of keys is SGLang's and the published checkpoint's, the new one transformers 5's.
+        # SGLang and the published checkpoint have the first two keys, transformers 5 the third.
         "rope_theta": model.rope_theta,
         "rope_scaling": yarn,
         "rope_parameters": {"rope_theta": model.rope_theta, **(yarn or {"rope_type": "default"})},
@@ -76,7 +76,9 @@ def _rope_scaling(values: dict[str, Any]) -> RopeScaling | None:
         raise ValueError(
             f"config.json has rope type {kind!r}; implemented are 'yarn' and 'default'"
         )
-    known = {field.name: field.type for field in fields(RopeScaling)}
-    numbers = {name: values[name] for name in known if name in values}
-    integer = "original_max_position_embeddings"
-    return RopeScaling(**{k: int(v) if k == integer else float(v) for k, v in numbers.items()})
+    numbers: dict[str, Any] = {
+        field.name: (int if field.type is int else float)(values[field.name])
+        for field in fields(RopeScaling)
+        if field.name in values
+    }
+    return RopeScaling(**numbers)

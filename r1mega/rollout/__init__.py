@@ -1,0 +1,1 @@
+"""Samples from rollout engines over HTTP, and weights to them."""

@@ -1,0 +1,258 @@
+"""Send a new version of the weights to every engine, and prove that it arrived.
+
+Order, as SGLang 0.5.23 demands: join a group, /begin_weight_update, buckets broadcast tensor by
+tensor with the version on the last, /end_weight_update; then checksums of a seeded choice of
+tensors against what was sent. From the first byte until that proof an engine holds no version.
+
+The tensors come from a stream that all learner ranks produce together, so a broken publish reads
+the stream to its end before it raises ``SyncFailed``: a new one starts from scratch with the
+engines that are left. Nothing of the old version needs to be kept.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1mega.rollout import control
+from r1mega.rollout.control import CallFailed
+from r1mega.rollout.fleet import EngineHandle, Fleet, FleetNotReady
+from r1mega.rollout.transfer import Transfer, TransferFailed
+
+log = logging.getLogger(__name__)
+
+_CHECK_ONE_IN = 8
+_CHECK_AT_MOST_BYTES = 1 << 30  # a second or two of hashing, however large the model
+_ATTEMPTS = 3
+
+Bucket = list[tuple[str, Tensor]]
+
+
+class SyncFailed(Exception):
+    """No engine is known to hold the new version; publishing again may succeed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """One successful publish. ``bytes`` counts the tensors once, not once per engine."""
+
+    version: int
+    bytes: int
+    tensors: int
+    checked: int  # tensors whose checksum was compared
+    engines: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(kw_only=True, slots=True)
+class _Sent:
+    """What went out, for the report and the proof."""
+
+    bytes: int = 0
+    tensors: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    digested_bytes: int = 0
+
+
+def publish_from_all_ranks(
+    fleet: Fleet | None,
+    stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
+    version: int,
+    bucket_bytes: int,
+    *,
+    engine_timeout_s: float,
+) -> SyncReport:
+    """Publish from every rank of the learner; only rank 0 has the fleet and the whole tensors.
+
+    All ranks return the same report or raise the same error. A broken publish is repeated with the
+    engines that are left, or with one that comes back within ``engine_timeout_s``.
+    """
+    outcome: SyncReport | str = ""
+    for _ in range(_ATTEMPTS):
+        outcome = _attempt(fleet, stream(), version, bucket_bytes, engine_timeout_s)
+        if dist.is_initialized():
+            shared = [outcome]
+            dist.broadcast_object_list(shared, src=0)
+            outcome = shared[0]
+        if isinstance(outcome, SyncReport):
+            return outcome
+    raise SyncFailed(f"weights {version} reached no engine in {_ATTEMPTS} attempts: {outcome}")
+
+
+def _attempt(
+    fleet: Fleet | None,
+    tensors: Iterator[tuple[str, Tensor | None]],
+    version: int,
+    bucket_bytes: int,
+    engine_timeout_s: float,
+) -> SyncReport | str:
+    """The report, or why there is none."""
+    if fleet is None:
+        _exhaust(tensors)
+        return ""
+    try:
+        fleet.wait_ready(1, engine_timeout_s)
+        return publish(fleet, _present(tensors), version, bucket_bytes)
+    except (FleetNotReady, SyncFailed) as error:
+        log.warning("publishing version %d failed: %s", version, error)
+        _exhaust(tensors)
+        return str(error)
+
+
+def publish(
+    fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
+) -> SyncReport:
+    """Send ``tensors`` to all usable engines and admit exactly those to the router."""
+    started = time.monotonic()
+    engines = fleet.usable()
+    if not engines:
+        raise SyncFailed("no engine answers")
+    fleet.set_version(engines, None)
+    try:
+        sent = _send_all(fleet, engines, tensors, version, bucket_bytes)
+        if fleet.compares_checksums:
+            _compare_checksums(fleet, engines, sent)
+        fleet.set_version(engines, version)
+        fleet.admit(version)
+    except TransferFailed as error:
+        _exhaust(tensors)
+        _quarantine_culprits(fleet, engines, error)
+        raise SyncFailed(str(error)) from error
+    except CallFailed as error:  # the router: the engines are blameless
+        raise SyncFailed(str(error)) from error
+    return SyncReport(
+        version=version,
+        bytes=sent.bytes,
+        tensors=sent.tensors,
+        checked=len(sent.digests) if fleet.compares_checksums else 0,
+        engines=tuple(engine.name for engine in engines),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _send_all(
+    fleet: Fleet,
+    engines: list[EngineHandle],
+    tensors: Iterator[tuple[str, Tensor]],
+    version: int,
+    bucket_bytes: int,
+) -> _Sent:
+    sent = _Sent()
+    group = fleet.join(engines)
+    _post_all(fleet, group, "/begin_weight_update")
+    for bucket, is_last in _with_last_marked(_buckets(tensors, bucket_bytes)):
+        group.send(bucket, version=version if is_last else None)
+        _note(sent, bucket, version)
+    _post_all(fleet, group, "/end_weight_update")
+    return sent
+
+
+def _post_all(fleet: Fleet, group: Transfer, route: str) -> None:
+    bodies = [{} for _ in group.urls]
+    failures = control.post_each(group.urls, route, bodies, timeout_s=fleet.timeout_s)
+    if failures:
+        reasons = {url: str(failure) for url, failure in failures.items()}
+        raise TransferFailed(next(iter(reasons.values())), reasons)
+
+
+def _compare_checksums(fleet: Fleet, engines: list[EngineHandle], sent: _Sent) -> None:
+    wrong: dict[str, str] = {}
+    for engine in engines:
+        url = f"{engine.url}/weights_checker"
+        try:
+            answer = control.post(url, {"action": "checksum"}, timeout_s=fleet.timeout_s)
+        except CallFailed as error:
+            wrong[engine.url] = str(error)
+            continue
+        held = answer["checksums"]
+        bad = [name for name, digest in sent.digests.items() if held.get(name) != digest]
+        if bad:
+            wrong[engine.url] = (
+                f"{engine.name} holds other values than were sent in {len(bad)} of "
+                f"{len(sent.digests)} tensors compared, the first is {bad[0]}"
+            )
+    if wrong:
+        raise TransferFailed(next(iter(wrong.values())), wrong)
+
+
+def _quarantine_culprits(fleet: Fleet, engines: list[EngineHandle], error: TransferFailed) -> None:
+    """A dead engine breaks the group of all: blame the others only when nobody is dead."""
+    fleet.leave()
+    alive = fleet.healthy(engines)
+    for engine in engines:
+        if engine not in alive:
+            fleet.quarantine(engine, "it does not answer any more")
+        elif len(alive) == len(engines) and engine.url in error.failures:
+            fleet.quarantine(engine, error.failures[engine.url])
+        else:
+            _close_session(fleet, engine)
+
+
+def _close_session(fleet: Fleet, engine: EngineHandle) -> None:
+    """Leave the engine ready for the next /begin_weight_update."""
+    try:
+        control.post(f"{engine.url}/end_weight_update", {}, timeout_s=fleet.timeout_s)
+    except CallFailed as error:
+        log.info("%s had no update to close: %s", engine.name, error)
+
+
+def _note(sent: _Sent, bucket: Bucket, version: int) -> None:
+    for name, tensor in bucket:
+        sent.tensors += 1
+        sent.bytes += tensor.nbytes
+        if _is_checked(name, version) and sent.digested_bytes < _CHECK_AT_MOST_BYTES:
+            sent.digests[name] = digest(tensor)
+            sent.digested_bytes += tensor.nbytes
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of the values in float32, as the embedded engine computes it of what it holds."""
+    values = tensor.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().astype("<f4", copy=False).data).hexdigest()
+
+
+def _is_checked(name: str, version: int) -> bool:
+    """Other tensors for each version, so that in time all of them are checked."""
+    return hashlib.sha256(f"{version}/{name}".encode()).digest()[0] % _CHECK_ONE_IN == 0
+
+
+def _buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """Consecutive tensors of at most ``bucket_bytes`` together; a larger tensor goes alone."""
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _with_last_marked(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
+    held = next(buckets, None)
+    for bucket in buckets:
+        assert held is not None
+        yield held, False
+        held = bucket
+    if held is not None:
+        yield held, True
+
+
+def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if tensor is None:
+            raise ValueError(f"rank 0 publishes, but it has no tensor for {name}")
+        yield name, tensor
+
+
+def _exhaust(tensors: Iterator[object]) -> None:
+    """The other ranks of the learner are in the same stream."""
+    for _ in tensors:
+        pass

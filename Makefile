@@ -1,0 +1,59 @@
+# `make` alone lists the targets. PYTHON, SEED and TORCH can be set: make smoke SEED=2
+PYTHON ?= python3
+SEED ?= 1
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+GPU_FREE_TESTS := $(wildcard tests/unit tests/distributed tests/cluster)
+
+# One thread per process: many processes share the cores, and two threads each are slower than one.
+export OMP_NUM_THREADS ?= 1
+export TORCHDYNAMO_DISABLE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help smoke test check bench soak
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this machine's CPUs; report.html
+	rm -rf runs/smoke runs/smoke_base
+	$(BIN)/r1mega sft configs/smoke/base.yaml seed=$(SEED)
+	$(BIN)/r1mega eval configs/smoke/r1_zero.yaml seed=$(SEED)
+	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)
+	$(BIN)/r1mega eval configs/smoke/r1_zero.yaml seed=$(SEED)
+	$(BIN)/r1mega report configs/smoke/r1_zero.yaml seed=$(SEED)
+
+test: $(READY)  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(GPU_FREE_TESTS)
+
+check: $(READY)  ## lint, format, types, floors and unit tests; under two minutes
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" tests/unit
+
+bench: $(READY)  ## every benchmark, one JSON line each
+	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
+
+soak: $(READY)  ## the smoke on three seeds; runs/soak/seed_N keeps each
+	set -e; for seed in 1 2 3; do \
+	  $(MAKE) smoke SEED=$$seed; \
+	  mkdir -p runs/soak; rm -rf runs/soak/seed_$$seed; mv runs/smoke runs/soak/seed_$$seed; \
+	done
+
+# Made again whenever pyproject.toml changes. torch goes first and alone, so that the build of it that
+# pip finds here (CPU or CUDA) is the one that everything else is resolved against.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "r1mega needs Python 3.11 or newer, and $(PYTHON) is older or missing:" \
+	    "apt-get install python3.11 python3.11-venv (as root), then make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module: apt-get install python3-venv (as root), then make again"; \
+	  exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .[dev]
+	@touch $@

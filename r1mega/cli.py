@@ -1,0 +1,139 @@
+"""The command line: ``r1mega <verb> layer.yaml ... key=value ...``.
+
+Nothing heavy is imported until a verb needs it: ``--help`` and a configuration error are instant.
+A mistake in the configuration is one message on stderr and exit status 2, never a traceback.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from r1mega.config import Config, ConfigError, load
+
+Verb = Callable[[list[str]], int]
+
+_EPILOG = """\
+layers, left to right over the defaults:
+  configs/stage/r1_zero.yaml    a YAML file
+  learner.lr=1e-6               one key
+
+examples:
+  r1mega show configs/stage/r1_zero.yaml configs/model/deepseek_v3.yaml
+  r1mega rl configs/smoke/r1_zero.yaml seed=2 name=second
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the return value is the exit status."""
+    arguments = _parser().parse_args(argv)
+    _start_logging()
+    verb: Verb = arguments.run
+    try:
+        return verb(arguments.layers)
+    except ConfigError as error:
+        sys.stderr.write(f"r1mega: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="r1mega",
+        description="Trains DeepSeek-R1: GRPO on a mixture-of-experts model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add(verbs, "show", _show, "print the resolved configuration and what follows from it")
+    _add(verbs, "sft", _sft, "train on documents or on prompt and response pairs")
+    _add(verbs, "rl", _rl, "train by GRPO on prompts with rule-based rewards")
+    _add(verbs, "eval", _eval, "sample held-out prompts: pass@1, pass@k, cons@k")
+    _add(verbs, "report", _report, "write runs/<name>/report.html")
+    # What the launcher starts on every rank; without help, so that --help does not list it.
+    workers = verbs.add_parser("worker").add_subparsers(metavar="VERB", required=True)
+    _add(workers, "sft", _worker_sft, "one learner rank of sft")
+    _add(workers, "rl", _worker_rl, "one learner rank of rl")
+    _add(workers, "eval", _worker_eval, "one learner rank of eval")
+    return parser
+
+
+def _add(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Verb, about: str
+) -> None:
+    parser = verbs.add_parser(name, help=about, description=about)
+    parser.add_argument("layers", nargs="*", metavar="LAYER", help="a YAML file or key=value")
+    parser.set_defaults(run=run)
+
+
+def _start_logging() -> None:
+    """Once per process; torch.distributed.run sets RANK on the learner's ranks."""
+    rank = os.environ.get("RANK")
+    who = "launcher" if rank is None else f"rank {rank}"
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname).1s [{who}] %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+def _load_for(verb: str, layers: list[str]) -> Config:
+    """The verb on the command line decides the kind of the stage, not the file."""
+    return load([*layers, f"stage.kind={verb}"])
+
+
+def _show(layers: list[str]) -> int:
+    config = load(layers)
+    from r1mega.show import show
+
+    show(config)
+    return 0
+
+
+def _sft(layers: list[str]) -> int:
+    return _launch("sft", layers)
+
+
+def _rl(layers: list[str]) -> int:
+    return _launch("rl", layers)
+
+
+def _eval(layers: list[str]) -> int:
+    return _launch("eval", layers)
+
+
+def _launch(verb: str, layers: list[str]) -> int:
+    config = _load_for(verb, layers)
+    from r1mega.cluster import job
+
+    return job.run(verb, config, layers)
+
+
+def _worker_sft(layers: list[str]) -> int:
+    config = _load_for("sft", layers)
+    from r1mega.stages import sft
+
+    return sft.main(config)
+
+
+def _worker_rl(layers: list[str]) -> int:
+    config = _load_for("rl", layers)
+    from r1mega.stages import rl
+
+    return rl.main(config)
+
+
+def _worker_eval(layers: list[str]) -> int:
+    config = _load_for("eval", layers)
+    from r1mega.stages import evaluate
+
+    return evaluate.main(config)
+
+
+def _report(layers: list[str]) -> int:
+    config = load(layers)
+    from r1mega.stages import report
+
+    return report.main(config)

@@ -1,0 +1,301 @@
+"""Constraints between keys, all reported at once, before any process starts.
+
+Each sentence says what is wrong, the values, and what to do. Only what really cannot run, or would
+silently do something else than asked, is a violation.
+"""
+
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from r1mega.config import derived, ranges
+from r1mega.config.errors import ConfigError
+from r1mega.config.schema import Config, Data, Learner, Model, Parallel, Rollout, Stage
+
+_DOCUMENT_SOURCES = ("arithmetic", "text", "sft")
+_PROMPT_SOURCES = ("arithmetic", "gsm8k", "jsonl")
+
+
+def check(config: Config) -> None:
+    """Raise one ConfigError that lists every violation."""
+    found = list(ranges.size_violations(config))
+    # Arithmetic between keys divides by sizes, so it has to wait until each of them is sound.
+    between = [] if found else list(_between_keys(config))
+    found += [*ranges.value_violations(config), *between]
+    if found:
+        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        lines = [f"  {number}. {violation}" for number, violation in enumerate(found, start=1)]
+        raise ConfigError("\n".join([f"{count} in this configuration:", *lines]))
+
+
+def _between_keys(config: Config) -> Iterator[str]:
+    samples = config.stage.kind in ("rl", "eval")
+    yield from _name(config.name)
+    yield from _mesh(config)
+    yield from _pipeline(config.model.num_hidden_layers, config.parallel)
+    yield from _tensor_cuts(config.model, config.parallel)
+    yield from _experts(config.model, config.parallel)
+    yield from _positions(config.model)
+    yield from _precision(config)
+    yield from _schedule(config.learner, config.stage)
+    yield from _source(config.stage, config.data)
+    yield from _cluster(config)
+    if samples:
+        yield from _lengths(config)
+        yield from _evaluation(config.stage, config.data)
+    if config.stage.kind == "rl":
+        yield from _rollout(config.rollout, config.stage)
+        yield from _rewards(config)
+
+
+def _name(name: str) -> Iterator[str]:
+    if name in ("", ".", "..") or PurePath(name).name != name:
+        yield f"name={name!r}: results go to runs/<name>, so it must be one folder name"
+
+
+def _mesh(config: Config) -> Iterator[str]:
+    p, world = config.parallel, derived.world_size(config.cluster)
+    replica = p.tp * p.pp * p.cp
+    sizes = f"tp={p.tp} * pp={p.pp} * cp={p.cp}"
+    if world % replica:
+        yield (
+            f"{sizes} = {replica} must divide the learner's {world} ranks "
+            f"(learner_nodes={config.cluster.learner_nodes} * "
+            f"learner_processes_per_node={config.cluster.learner_processes_per_node}); "
+            "change parallel.* or cluster.learner_*"
+        )
+        return
+    dp = world // replica
+    stage_ranks = p.tp * p.cp * dp
+    if stage_ranks % (p.ep * p.etp):
+        yield (
+            f"ep={p.ep} * etp={p.etp} = {p.ep * p.etp} must divide the {stage_ranks} ranks of a "
+            f"pipeline stage (tp={p.tp} * cp={p.cp} * dp={dp}); change parallel.ep or parallel.etp"
+        )
+    training = {
+        "rl": derived.samples_per_step(config.algorithm),
+        "sft": config.algorithm.sequences_per_step,
+    }
+    sequences = training.get(config.stage.kind, dp)
+    if sequences < dp:
+        yield (
+            f"a step of {sequences} sequences leaves some of dp={dp} replicas without one; "
+            "raise the batch or tp, pp, cp"
+        )
+
+
+def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
+    uneven = p.layers_in_first_stage is not None or p.layers_in_last_stage is not None
+    if p.pp == 1 and (uneven or p.vpp is not None):
+        yield (
+            "layers_in_first_stage, layers_in_last_stage and vpp need pp of at least 2, got pp=1; "
+            "unset them or raise parallel.pp"
+        )
+        return
+    if uneven and p.vpp is not None:
+        yield (
+            f"vpp={p.vpp} needs equal stages; unset parallel.vpp, or both layers_in_first_stage and "
+            "layers_in_last_stage"
+        )
+        return
+    try:
+        stages = derived.layers_per_stage(num_layers, p)
+    except ValueError as error:
+        yield (
+            f"{num_layers} layers do not spread evenly over pp={p.pp} stages with "
+            f"layers_in_first_stage={p.layers_in_first_stage} and "
+            f"layers_in_last_stage={p.layers_in_last_stage}: {error}; change these or parallel.pp"
+        )
+        return
+    if p.vpp is not None and stages[0] % p.vpp:
+        yield f"vpp={p.vpp} must divide the {stages[0]} layers of a pipeline stage"
+
+
+def _tensor_cuts(m: Model, p: Parallel) -> Iterator[str]:
+    """What one tensor-parallel rank holds must be whole."""
+    shared = m.n_shared_experts * m.moe_intermediate_size
+    cuts = (
+        ("num_attention_heads", m.num_attention_heads, "tp", p.tp),
+        ("vocab_size", m.vocab_size, "tp", p.tp),
+        ("intermediate_size", m.intermediate_size, "tp", p.tp),
+        ("n_shared_experts * moe_intermediate_size", shared, "tp", p.tp),
+        ("moe_intermediate_size", m.moe_intermediate_size, "etp", p.etp),
+    )
+    for name, size, axis, parts in cuts:
+        if size % parts:
+            yield f"{axis}={parts} must divide model.{name}={size}; change parallel.{axis}"
+
+
+def _experts(m: Model, p: Parallel) -> Iterator[str]:
+    if m.first_k_dense_replace > m.num_hidden_layers:
+        yield (
+            f"model.first_k_dense_replace={m.first_k_dense_replace} exceeds "
+            f"num_hidden_layers={m.num_hidden_layers}"
+        )
+    if m.n_routed_experts % p.ep:
+        yield f"ep={p.ep} must divide model.n_routed_experts={m.n_routed_experts}"
+    if m.n_routed_experts % m.n_group:
+        yield f"model.n_group={m.n_group} must divide n_routed_experts={m.n_routed_experts}"
+        return
+    group = m.n_routed_experts // m.n_group
+    if m.topk_group > m.n_group:
+        yield f"model.topk_group={m.topk_group} exceeds n_group={m.n_group}"
+    elif m.num_experts_per_tok > m.topk_group * group:
+        yield (
+            f"model.num_experts_per_tok={m.num_experts_per_tok} exceeds the {m.topk_group * group} "
+            f"experts of topk_group={m.topk_group} groups of {group}"
+        )
+    # With one group nothing is limited; otherwise Megatron scores a group by its top
+    # num_experts_per_tok / topk_group experts, Hugging Face and SGLang by its top 2.
+    if m.n_group > 1 and m.num_experts_per_tok != 2 * m.topk_group:
+        yield (
+            f"model.topk_group={m.topk_group} must be half of "
+            f"num_experts_per_tok={m.num_experts_per_tok}, or learner and engines route differently"
+        )
+    if m.n_group > 1 and group < 2:
+        yield f"model.n_group={m.n_group} leaves {group} expert in a group; the router scores 2"
+
+
+def _positions(m: Model) -> Iterator[str]:
+    if m.qk_rope_head_dim % 2:
+        yield f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs"
+    for name, token in (("eos_token_id", m.eos_token_id), ("bos_token_id", m.bos_token_id)):
+        if token is not None and token >= m.vocab_size:
+            yield f"model.{name}={token} is outside vocab_size={m.vocab_size}"
+    yarn = m.rope_scaling
+    if yarn is None:
+        return
+    reach = int(yarn.factor * yarn.original_max_position_embeddings)
+    if m.max_position_embeddings > reach:
+        yield (
+            f"model.max_position_embeddings={m.max_position_embeddings} exceeds YaRN's reach of "
+            f"{reach} (factor={yarn.factor:g} * "
+            f"original_max_position_embeddings={yarn.original_max_position_embeddings})"
+        )
+
+
+def _precision(config: Config) -> Iterator[str]:
+    learner = config.learner
+    needs_cuda = {
+        "learner.layer_spec=transformer_engine": learner.layer_spec == "transformer_engine",
+        "learner.dispatcher=flex": learner.dispatcher == "flex",
+        "learner.grouped_gemm=true": learner.grouped_gemm,
+        "learner.fp8=blockwise": learner.fp8 == "blockwise",
+    }
+    for setting, is_set in needs_cuda.items():
+        if is_set and config.cluster.backend == "cpu":
+            yield f"{setting} needs cluster.backend=cuda, got cpu"
+    if learner.fp8 == "blockwise" and learner.layer_spec == "local":
+        yield "learner.fp8=blockwise needs learner.layer_spec=transformer_engine, got local"
+    if learner.fp8 == "blockwise" and learner.precision == "fp32":
+        yield "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
+
+
+def _schedule(learner: Learner, stage: Stage) -> Iterator[str]:
+    if learner.warmup_steps > stage.steps:
+        yield f"learner.warmup_steps={learner.warmup_steps} exceeds stage.steps={stage.steps}"
+    if learner.lr_schedule != "constant" and learner.min_lr > learner.lr:
+        yield f"learner.min_lr={learner.min_lr:g} exceeds learner.lr={learner.lr:g}"
+
+
+def _source(stage: Stage, data: Data) -> Iterator[str]:
+    usable = _DOCUMENT_SOURCES if stage.kind == "sft" else _PROMPT_SOURCES
+    if data.source not in usable:
+        yield f"data.source={data.source} does not serve {stage.kind}; use {' or '.join(usable)}"
+    elif data.source != "arithmetic" and data.path is None and stage.only != "train":
+        yield f"data.source={data.source} needs data.path=FILE"
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    response = derived.longest_response_tokens(rollout)
+    longest = derived.longest_sequence_tokens(config.data, rollout)
+    parts = f"data.max_prompt_tokens={config.data.max_prompt_tokens} + a response of {response}"
+    if longest > rollout.context_tokens:
+        yield f"{parts} = {longest} exceeds rollout.context_tokens={rollout.context_tokens}"
+    if rollout.context_tokens > config.model.max_position_embeddings:
+        yield (
+            f"rollout.context_tokens={rollout.context_tokens} exceeds "
+            f"model.max_position_embeddings={config.model.max_position_embeddings}"
+        )
+    if config.stage.kind == "rl" and longest > config.learner.tokens_per_microbatch:
+        yield (
+            f"{parts} = {longest} exceeds "
+            f"learner.tokens_per_microbatch={config.learner.tokens_per_microbatch}: a sequence is "
+            "never cut, so one microbatch must hold the longest"
+        )
+
+
+def _evaluation(stage: Stage, data: Data) -> Iterator[str]:
+    evaluates = stage.kind == "eval" or stage.eval_every > 0
+    if evaluates and data.eval_path is None and data.held_out < stage.eval_prompts:
+        yield (
+            f"stage.eval_prompts={stage.eval_prompts} exceeds data.held_out={data.held_out}; "
+            "hold out more or name data.eval_path"
+        )
+
+
+def _rollout(rollout: Rollout, stage: Stage) -> Iterator[str]:
+    if (rollout.max_response_tokens_later is None) != (rollout.later_from_step is None):
+        yield (
+            f"rollout.later_from_step={rollout.later_from_step} and "
+            f"max_response_tokens_later={rollout.max_response_tokens_later} go together: "
+            "set both or neither"
+        )
+    if stage.only == "train" and rollout.replay is None:
+        yield "stage.only=train needs rollout.replay=FOLDER of kept rollouts"
+    if stage.only != "train" and rollout.replay is not None:
+        yield f"rollout.replay={rollout.replay} starts no engine; add stage.only=train"
+    # Between two syncs the engines lag the learner, and a rollout in the middle is not saved.
+    for name, every in (("eval_every", stage.eval_every), ("save_every", stage.save_every)):
+        if every > 0 and every % rollout.steps:
+            yield (
+                f"stage.{name}={every} must be a multiple of rollout.steps={rollout.steps}: "
+                "weights reach the engines once per rollout"
+            )
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    if config.rewards.accuracy == 0 and config.rewards.format == 0:
+        yield "rewards.accuracy=0 and rewards.format=0 leave nothing to learn; weigh one of them"
+
+
+def _cluster(config: Config) -> Iterator[str]:
+    cluster = config.cluster
+    if derived.num_nodes(cluster) > 1 and cluster.host in ("127.0.0.1", "localhost", "::1"):
+        yield (
+            f"cluster.host={cluster.host} cannot be reached from the other "
+            f"{derived.num_nodes(cluster) - 1} nodes; name an address of the cluster's network"
+        )
+    if cluster.backend == "cuda":
+        yield from _gpus(config)
+    elif cluster.gpus_per_engine:
+        yield f"cluster.gpus_per_engine={cluster.gpus_per_engine} needs cluster.backend=cuda"
+
+
+def _gpus(config: Config) -> Iterator[str]:
+    cluster, engines = config.cluster, config.rollout.engines
+    node, learner = cluster.gpus_per_node, cluster.learner_processes_per_node
+    if learner > node:
+        yield f"cluster.learner_processes_per_node={learner} exceeds gpus_per_node={node}"
+    starts_engines = config.stage.kind != "sft" and config.stage.only != "train"
+    if not starts_engines or config.rollout.engine == "embedded":
+        return
+    size, total = cluster.gpus_per_engine, derived.engine_gpus(cluster, config.rollout)
+    if size == 0:
+        yield "rollout.engine=sglang on cuda needs cluster.gpus_per_engine of at least 1, got 0"
+    elif size > node and size % node:
+        yield f"cluster.gpus_per_engine={size} must be whole nodes of gpus_per_node={node}"
+    elif cluster.engine_nodes == 0:
+        # Learner and engines use separate devices, also on one machine.
+        if learner + total > node:
+            yield (
+                f"learner_processes_per_node={learner} + {engines} engines * {size} GPUs exceed "
+                f"gpus_per_node={node}; set cluster.engine_nodes or use fewer"
+            )
+    else:
+        needed = engines * (size // node) if size > node else -(-engines // (node // size))
+        if needed > cluster.engine_nodes:
+            yield (
+                f"rollout.engines={engines} of {size} GPUs need {needed} nodes of {node}, got "
+                f"cluster.engine_nodes={cluster.engine_nodes}"
+            )

@@ -1,0 +1,77 @@
+"""What follows from a configuration: sizes of axes, layers per stage, samples, rollouts, nodes.
+
+Pure arithmetic on sections that passed ``checks``; nothing here is a key, so nothing can disagree.
+"""
+
+from math import ceil
+
+from r1mega.config.schema import Algorithm, Cluster, Data, Parallel, Rollout, Stage
+
+
+def world_size(cluster: Cluster) -> int:
+    """Learner ranks."""
+    return cluster.learner_nodes * cluster.learner_processes_per_node
+
+
+def data_parallel_size(cluster: Cluster, parallel: Parallel) -> int:
+    return world_size(cluster) // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def expert_data_parallel_size(cluster: Cluster, parallel: Parallel) -> int:
+    """Replicas of one expert: ep and etp fold the tp * cp * dp ranks of a pipeline stage."""
+    return world_size(cluster) // (parallel.pp * parallel.ep * parallel.etp)
+
+
+def layers_per_stage(num_layers: int, parallel: Parallel) -> tuple[int, ...]:
+    """Layers on each pipeline stage. ``(61, pp=4, last 13)`` -> ``(16, 16, 16, 13)``.
+
+    Raises ValueError when they do not spread: Megatron wants the stages without a number equal.
+    """
+    first, last = parallel.layers_in_first_stage, parallel.layers_in_last_stage
+    middle = parallel.pp - (first is not None) - (last is not None)
+    remaining = num_layers - (first or 0) - (last or 0)
+    fits = remaining == 0 if middle == 0 else remaining >= middle and remaining % middle == 0
+    if not fits:
+        raise ValueError(f"{remaining} layers remain for {middle} stages")
+    share = (remaining // middle,) * middle
+    return (*(() if first is None else (first,)), *share, *(() if last is None else (last,)))
+
+
+def samples_per_step(algorithm: Algorithm) -> int:
+    return algorithm.prompts_per_step * algorithm.group_size
+
+
+def prompts_per_rollout(algorithm: Algorithm, rollout: Rollout) -> int:
+    return algorithm.prompts_per_step * rollout.steps
+
+
+def samples_per_rollout(algorithm: Algorithm, rollout: Rollout) -> int:
+    return samples_per_step(algorithm) * rollout.steps
+
+
+def num_rollouts(stage: Stage, rollout: Rollout) -> int:
+    """Rollouts of the whole stage; the last one may feed fewer steps."""
+    return ceil(stage.steps / rollout.steps)
+
+
+def max_response_tokens(rollout: Rollout, step: int) -> int:
+    """The response limit in force at ``step`` (0-based)."""
+    later, start = rollout.max_response_tokens_later, rollout.later_from_step
+    return rollout.max_response_tokens if later is None or start is None or step < start else later
+
+
+def longest_response_tokens(rollout: Rollout) -> int:
+    return max(rollout.max_response_tokens, rollout.max_response_tokens_later or 0)
+
+
+def longest_sequence_tokens(data: Data, rollout: Rollout) -> int:
+    """Prompt and response together, at most."""
+    return data.max_prompt_tokens + longest_response_tokens(rollout)
+
+
+def engine_gpus(cluster: Cluster, rollout: Rollout) -> int:
+    return rollout.engines * cluster.gpus_per_engine
+
+
+def num_nodes(cluster: Cluster) -> int:
+    return cluster.learner_nodes + cluster.engine_nodes

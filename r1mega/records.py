@@ -101,6 +101,7 @@ class Sequence:
     uid: str
     token_ids: tuple[int, ...]
     start: int  # >= 1: the first token has nothing to be predicted from
+    weight: float = 1.0  # of each target in the batch's loss, which is a plain weighted sum
     advantage: float = 0.0
     sampler_logprobs: tuple[float, ...] = ()
     policy_logprobs: tuple[float, ...] = ()

@@ -1,0 +1,193 @@
+"""The learner: one model replica per data-parallel rank, updated by any loss under any layout.
+
+Every rank holds the same batch records; each packs its own part. Results do not depend on the layout
+or on how sequences are packed, because the loss is a sum of globally weighted target tokens.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from r1mega.config import schema
+from r1mega.learner.microbatch import Microbatch, make_microbatch
+from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
+from r1mega.learner.packing import pack
+from r1mega.learner.pipeline import Loss, LossOutput, run_pipeline
+from r1mega.model.build import build_model
+from r1mega.model.transformer_config import BuildOptions
+from r1mega.parallel.backend import Backend
+from r1mega.parallel.collectives import gather_records
+from r1mega.parallel.groups import Groups
+from r1mega.records import Batch
+from r1mega.weights.local import LocalWeights, hf_tensors, initialize, local_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """Open it with ``open_learner``; all methods are collective: every rank calls them alike."""
+
+    groups: Groups
+    backend: Backend
+    settings: schema.Learner
+    temperature: float  # log-probs are of logits / temperature, as the sampler's are
+    weights: LocalWeights
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+
+    def update(self, batch: Batch, loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on ``batch``: ``learner/*`` metrics and the loss's own, reduced."""
+        started = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        microbatches = self._microbatches(batch)
+        outputs = run_pipeline(
+            self.chunks,
+            microbatches,
+            loss=loss,
+            temperature=self.temperature,
+            chunk_tokens=self.settings.logprob_chunk_tokens,
+        )
+        metrics = self._reduce(outputs)
+        grad_norm = apply_gradients(
+            self.optimizer, lr=lr, weight_decay=self.settings.weight_decay
+        )
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "learner/grad_norm": grad_norm,
+            "learner/lr": lr,
+            "learner/microbatches": float(len(microbatches)),
+            "learner/tokens_per_s": sum(len(s.token_ids) for s in batch.sequences) / seconds,
+        }
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> list[tuple[float, ...]]:
+        """Log-probs of every sequence's targets under the present weights, on every rank."""
+        for chunk in self.chunks:
+            chunk.eval()
+        microbatches = self._microbatches(batch)
+        outputs = run_pipeline(
+            self.chunks,
+            microbatches,
+            loss=None,
+            temperature=self.temperature,
+            chunk_tokens=self.settings.logprob_chunk_tokens,
+        )
+        counts = [s.num_targets for s in batch.sequences]
+        table = torch.zeros(sum(counts), device=self.backend.device)
+        if self.groups.is_last_stage and self.groups.place["tp"] == 0:
+            places = table.split(counts)
+            for microbatch, logprobs_R in zip(microbatches, outputs, strict=True):
+                _scatter(places, counts, microbatch, logprobs_R)
+        # Every target was filled by exactly one rank: adding zeros is exact.
+        dist.all_reduce(table, group=self.groups.world)
+        return [tuple(part.tolist()) for part in table.split(counts)]
+
+    def reference_logprobs(self, batch: Batch, reference: list[Tensor]) -> list[tuple[float, ...]]:
+        """As ``logprobs`` under the weights of ``reference``, a host copy that is swapped in."""
+        self.weights.swap(reference)
+        try:
+            return self.logprobs(batch)
+        finally:
+            self.weights.swap(reference)
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end."""
+        return hf_tensors(self.weights, device=self.backend.device)
+
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
+        layout = self.groups.layout
+        parts = pack(
+            [len(s.token_ids) for s in batch.sequences],
+            dp=layout.dp,
+            tokens_per_microbatch=self.settings.tokens_per_microbatch,
+        )[self.groups.place["dp"]]
+        return [
+            make_microbatch(
+                batch.sequences, part, multiple=layout.tp, device=self.backend.device
+            )
+            for part in parts
+        ]
+
+    def _reduce(self, outputs: list[LossOutput]) -> dict[str, float]:
+        """Sums and maxima over microbatches and dp, on every rank, in rank order."""
+        reports = self.groups.is_last_stage and self.groups.place["tp"] == 0
+        mine: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        if reports:
+            mine = _accumulate(outputs)
+        gathered = gather_records(
+            mine,
+            tuple[dict[str, float], dict[str, float]],
+            group=self.groups.world,
+            device=self.backend.device,
+        )
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for rank_sums, rank_maxima in gathered:
+            for name, value in rank_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for name, value in rank_maxima.items():
+                maxima[name] = max(maxima.get(name, value), value)
+        return sums | maxima
+
+
+def open_learner(
+    model: schema.Model,
+    settings: schema.Learner,
+    groups: Groups,
+    backend: Backend,
+    *,
+    temperature: float,
+    seed: int,
+) -> Learner:
+    """Build, fill (``model.init``) and wrap this rank's part of the policy and its optimizer."""
+    options = BuildOptions(
+        precision=settings.precision,
+        layer_spec=settings.layer_spec,
+        recompute=settings.recompute,
+        dispatcher=settings.dispatcher,
+        grouped_gemm=settings.grouped_gemm,
+        fp8=settings.fp8,
+        expert_bias_update_rate=settings.expert_bias_update_rate,
+        megatron=settings.megatron,
+    )
+    config, raw_chunks = build_model(model, groups, options, device=backend.device)
+    weights = local_weights(model, groups.layout, groups.rank, raw_chunks)
+    initialize(weights, model.init, seed=seed)
+    chunks = wrap_chunks(config, raw_chunks, overlap=settings.overlap_grad_reduce)
+    optimizer = open_optimizer(config, chunks, settings)
+    return Learner(
+        groups=groups,
+        backend=backend,
+        settings=settings,
+        temperature=temperature,
+        weights=weights,
+        chunks=chunks,
+        optimizer=optimizer,
+    )
+
+
+def _accumulate(outputs: list[LossOutput]) -> tuple[dict[str, float], dict[str, float]]:
+    sums: dict[str, float] = {"loss": sum(output.loss.item() for output in outputs)}
+    maxima: dict[str, float] = {}
+    for output in outputs:
+        for name, value in output.sums.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        for name, value in output.maxima.items():
+            maxima[name] = max(maxima.get(name, value.item()), value.item())
+    return sums, maxima
+
+
+def _scatter(
+    places: tuple[Tensor, ...], counts: list[int], microbatch: Microbatch, logprobs_R: Tensor
+) -> None:
+    parts = logprobs_R.split([counts[i] for i in microbatch.indices])
+    for index, part in zip(microbatch.indices, parts, strict=True):
+        places[index].copy_(part)

@@ -1,0 +1,134 @@
+"""This rank's part of the policy network: GPTModel chunks that answer log-probs instead of logits.
+
+The network knows nothing of losses. On the last stage ``forward`` returns log-probs and entropies of
+the target tokens; output weight and log-prob are fused in chunks, so full logits never exist.
+Shapes: T packed tokens, R target rows, H hidden, E experts.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
+
+from r1mega.config import schema
+from r1mega.model import local_spec
+from r1mega.model.transformer_config import BuildOptions, transformer_config
+from r1mega.parallel.groups import Groups
+from r1mega.parallel.logprobs import vocab_parallel_logprobs
+
+
+class PolicyModel(GPTModel):
+    """One pipeline chunk of the policy."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_padding = 0
+        for module in self.modules():
+            if getattr(module, "expert_bias", None) is not None:
+                module.register_forward_hook(self._uncount_padding)
+
+    def forward(
+        self,
+        *,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        packed: PackedSeqParams,
+        num_padding: int,
+        rows_R: Tensor,
+        targets_R: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> Tensor:
+        """Hidden states [T, 1, H] for the next stage; on the last stage log-probs and entropies [2, R].
+
+        ``rows_R`` are the packed positions whose next token is ``targets_R``; the last
+        ``num_padding`` tokens only round T up for sequence parallelism.
+        """
+        self._num_padding = num_padding
+        hidden = super().forward(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        logprobs_R, entropies_R = vocab_parallel_logprobs(
+            hidden[:, 0].index_select(0, rows_R),
+            self.output_layer.weight,
+            targets_R,
+            temperature=temperature,
+            chunk_tokens=chunk_tokens,
+            group=self.pg_collection.tp,
+        )
+        return torch.stack([logprobs_R, entropies_R])
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """Upstream makes logits here; we hand out the hidden states."""
+        return hidden_states
+
+    def _uncount_padding(self, router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Take padding out of the expert load that moves expert_bias.
+
+        megatron-core 0.16.1 accepts a padding mask, but with expert_bias it fails to broadcast.
+        Padding is shorter than tp, so all of it lies on the last tensor-parallel rank's shard.
+        """
+        group = self.pg_collection.tp
+        counted = torch.is_grad_enabled() and group.rank() == group.size() - 1
+        if counted and self._num_padding:
+            routing_map_TE = output[1][-self._num_padding :]
+            router.local_tokens_per_expert -= routing_map_TE.sum(dim=0)
+
+
+def build_model(
+    model: schema.Model, groups: Groups, options: BuildOptions, *, device: torch.device
+) -> tuple[MLATransformerConfig, list[torch.nn.Module]]:
+    """Megatron's config and this rank's chunks (one per virtual stage), weights not yet filled."""
+    layout = groups.layout
+    config = transformer_config(model, layout, options)
+    config.perform_initialization = False  # weights.load fills every parameter, layout-independently
+    chunks: list[torch.nn.Module] = []
+    num_chunks = layout.vpp or 1
+    for chunk in range(num_chunks):
+        vp_stage = chunk if layout.vpp else None
+        policy = PolicyModel(
+            config,
+            _spec(config, options, vp_stage),
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=groups.place["pp"] == 0 and chunk == 0,
+            post_process=groups.is_last_stage and chunk == num_chunks - 1,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            parallel_output=True,
+            vp_stage=vp_stage,
+        ).to(device)
+        chunks.append(_in_bf16(config, policy) if options.precision == "bf16" else policy)
+    return config, chunks
+
+
+def _in_bf16(config: MLATransformerConfig, policy: PolicyModel) -> torch.nn.Module:
+    """bf16 weights, but the expert bias stays fp32: rounding it changes the routing."""
+    wrapped = Float16Module(config, policy)
+    for module in policy.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            module._maintain_float32_expert_bias()
+    return wrapped
+
+
+def _spec(config: MLATransformerConfig, options: BuildOptions, vp_stage: int | None) -> Any:
+    if options.layer_spec == "local":
+        return local_spec.decoder_spec(config, vp_stage)
+    return get_gpt_decoder_block_spec(
+        config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+    )

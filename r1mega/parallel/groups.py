@@ -1,0 +1,81 @@
+"""This rank's process groups: the only reader of megatron.core.parallel_state."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from r1mega.parallel.backend import Backend
+from r1mega.parallel.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """The groups this rank belongs to, and where it stands in each."""
+
+    layout: Layout
+    rank: int
+    tp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup
+    world: ProcessGroup
+
+    @property
+    def place(self) -> dict[str, int]:
+        return self.layout.coordinates(self.rank)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place["pp"] == self.layout.pp - 1
+
+    @property
+    def is_dp_leader(self) -> bool:
+        return self.rank == self.layout.dp_leader(self.place["dp"])
+
+
+def open_groups(layout: Layout, backend: Backend, *, timeout_s: float, seed: int) -> Groups:
+    """Join the job (torchrun's environment) and build Megatron's groups; seeds weights and dropout."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
+    if dist.get_world_size() != layout.world:
+        raise ValueError(
+            f"the layout is made for {layout.world} learner ranks but {dist.get_world_size()} started"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        order="tp-cp-ep-dp-pp",
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed)
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(
+        layout=layout,
+        rank=dist.get_rank(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world=world,
+    )
+
+
+def close_groups() -> None:
+    """Leave the job; for tests that build more than one layout in a process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

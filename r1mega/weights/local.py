@@ -1,0 +1,163 @@
+"""This rank's parameters seen through the table of names: fill them, read them, stream them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1mega.config import schema
+from r1mega.parallel.layout import Layout
+from r1mega.weights.names import ParameterSlice, Region, parameter_slices
+from r1mega.weights.slices import SliceReader
+
+ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalWeights:
+    """The slices this rank holds and the live tensors they are in (parameters and expert bias)."""
+
+    model: schema.Model
+    layout: Layout
+    rank: int
+    slices: tuple[ParameterSlice, ...]
+    tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
+
+    def region(self, piece: ParameterSlice) -> Tensor:
+        """The live view of one slice; writing to it writes the parameter."""
+        view = self.tensors[piece.chunk][piece.megatron_name].detach()
+        return view[tuple(slice(start, stop) for start, stop in piece.target)]
+
+    @torch.no_grad()
+    def fill(self, read: ReadRegion) -> None:
+        """Set every parameter from its region of the Hugging Face tensor."""
+        for piece in self.slices:
+            self.region(piece).copy_(read(piece.hf_name, piece.hf_shape, piece.region))
+
+    def copy_to_host(self) -> list[Tensor]:
+        """A private host copy of all live tensors, for ``swap``."""
+        return [tensor.detach().to("cpu", copy=True) for tensor in self._live()]
+
+    @torch.no_grad()
+    def swap(self, host: Sequence[Tensor]) -> None:
+        """Exchange live weights and host copy in place; a second call puts things back."""
+        for tensor, held in zip(self._live(), host, strict=True):
+            live = tensor.detach().to("cpu", copy=True)
+            tensor.copy_(held)
+            held.copy_(live)
+
+    def _live(self) -> Iterator[Tensor]:
+        return chain.from_iterable(chunk.values() for chunk in self.tensors)
+
+
+def local_weights(
+    model: schema.Model,
+    layout: Layout,
+    rank: int,
+    chunks: Sequence[torch.nn.Module],
+) -> LocalWeights:
+    """Pair the table's slices with ``chunks``; every parameter must be covered, and nothing else."""
+    slices = parameter_slices(model, layout, rank)
+    tensors = tuple(_named_tensors(chunk) for chunk in chunks)
+    for number, held in enumerate(tensors):
+        named = {piece.megatron_name for piece in slices if piece.chunk == number}
+        if named != set(held):
+            raise RuntimeError(
+                f"the table of names and the network differ on rank {rank}: only in the table "
+                f"{sorted(named - set(held))[:4]}, only in the network {sorted(set(held) - named)[:4]}"
+            )
+    return LocalWeights(
+        model=model, layout=layout, rank=rank, slices=tuple(slices), tensors=tensors
+    )
+
+
+def random_region(seed: int, std: float) -> ReadRegion:
+    """Weights drawn per tensor name: the same network under every layout.
+
+    Norms are one, the expert bias zero, the rest normal(0, std).
+    """
+
+    def read(name: str, shape: tuple[int, ...], region: Region) -> Tensor:
+        if name.endswith("norm.weight"):
+            whole = torch.ones(shape)
+        elif name.endswith("e_score_correction_bias"):
+            whole = torch.zeros(shape)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+        return whole[tuple(slice(start, stop) for start, stop in region)]
+
+    return read
+
+
+def initialize(weights: LocalWeights, init: str, *, seed: int) -> None:
+    """Fill from ``init``: "random", a Hugging Face folder or a checkpoint folder of ours."""
+    if init == "random":
+        weights.fill(random_region(seed, weights.model.initializer_range))
+        return
+    with SliceReader(Path(init)) as reader:
+        weights.fill(reader.read)
+
+
+def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent float32 buffers by Megatron name, wrappers' prefixes removed."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    tensors: dict[str, Tensor] = dict(chunk.named_parameters())
+    tensors |= {name: b for name, b in chunk.named_buffers() if name.endswith("expert_bias")}
+    return tensors
+
+
+def hf_tensors(
+    weights: LocalWeights, *, device: torch.device
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Stream whole Hugging Face tensors to rank 0, one at a time; every rank must iterate to the end.
+
+    Yields (name, tensor) on rank 0 and (name, None) elsewhere, in the order of a forward pass. Each
+    distinct rectangle crosses the network once, from the lowest rank that holds it.
+    """
+    mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
+    for name, (shape, owners) in region_owners(weights.model, weights.layout).items():
+        whole: Tensor | None = None
+        for region, owner in owners.items():
+            if weights.rank == 0:
+                if owner == 0:
+                    block = weights.region(mine[name, region])
+                else:
+                    block = torch.empty(
+                        [stop - start for start, stop in region],
+                        dtype=_wire_dtype(name, weights),
+                        device=device,
+                    )
+                    dist.recv(block, src=owner)
+                if whole is None:
+                    whole = torch.empty(shape, dtype=block.dtype, device=device)
+                whole[tuple(slice(start, stop) for start, stop in region)] = block
+            elif owner == weights.rank:
+                dist.send(weights.region(mine[name, region]).contiguous(), dst=0)
+        yield name, whole
+
+
+def region_owners(
+    model: schema.Model, layout: Layout
+) -> dict[str, tuple[tuple[int, ...], dict[Region, int]]]:
+    """Every Hugging Face tensor: its shape, its distinct regions and the lowest rank of each."""
+    table: dict[str, tuple[tuple[int, ...], dict[Region, int]]] = {}
+    for rank in range(layout.world):
+        for piece in parameter_slices(model, layout, rank):
+            _, owners = table.setdefault(piece.hf_name, (piece.hf_shape, {}))
+            owners.setdefault(piece.region, rank)
+    return table
+
+
+def _wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:
+    """The expert bias is fp32 in Megatron whatever the precision; all else has the model's dtype."""
+    if name.endswith("e_score_correction_bias"):
+        return torch.float32
+    return next(iter(weights.tensors[0].values())).dtype

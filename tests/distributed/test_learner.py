@@ -1,0 +1,78 @@
+"""The learner equals transformers, and itself under every layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import tiny
+from tests.distributed.launch import run_ranks
+
+LAYOUTS = {
+    "dp2": {"world": 2},
+    "tp2 pp2 ep2": {"world": 4, "tp": 2, "pp": 2, "ep": 2},
+}
+
+
+def learner_facts(init: str, **axes: Any) -> dict[str, Any]:
+    """Runs on every rank: log-probs, the GRPO step and the weights' norms after it."""
+    from r1mega.algorithms.losses import ClippedSurrogate
+
+    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
+    batch = tiny.random_batch()
+    logprobs = learner.logprobs(batch)
+    loss = ClippedSurrogate(clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0)
+    metrics = learner.update(batch, loss, lr=1e-3)
+    return {
+        "logprobs": logprobs,
+        "metrics": metrics,
+        "norms": {
+            name: tensor.double().norm().item()
+            for name, tensor in learner.hf_tensors()
+            if tensor is not None
+        },
+        "second": learner.update(batch, loss, lr=1e-3),
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("hf")
+    return folder, tiny.transformers_model(tiny.MODEL, folder)
+
+
+@pytest.fixture(scope="module")
+def single(checkpoint: tuple[Path, Any]) -> dict[str, Any]:
+    return run("single", checkpoint[0])[0]
+
+
+def run(name: str, folder: Path) -> list[dict[str, Any]]:
+    axes = LAYOUTS.get(name, {"world": 1})
+    return run_ranks(__name__, "learner_facts", init=str(folder), **axes)
+
+
+def expected_logprobs(network: Any) -> list[list[float]]:
+    rows = []
+    for s in tiny.random_batch().sequences:
+        with torch.no_grad():
+            table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
+        rows.append([table[s.start - 1 + i, t].item() for i, t in enumerate(s.token_ids[s.start :])])
+    return rows
+
+
+def test_single_process_equals_transformers(checkpoint: Any, single: dict[str, Any]) -> None:
+    for mine, theirs in zip(single["logprobs"], expected_logprobs(checkpoint[1]), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_single_process(name: str, checkpoint: Any, single: dict[str, Any]) -> None:
+    ranks = run(name, checkpoint[0])
+    for facts in ranks:
+        for mine, reference in zip(facts["logprobs"], single["logprobs"], strict=True):
+            assert mine == pytest.approx(reference, abs=1e-5)
+        for key in ("loss", "learner/grad_norm", "policy/kl", "policy/entropy", "mismatch/kl"):
+            assert facts["metrics"][key] == pytest.approx(single["metrics"][key], rel=1e-5), key
+            assert facts["second"][key] == pytest.approx(single["second"][key], rel=1e-5), key
+    assert ranks[0]["norms"] == pytest.approx(single["norms"], rel=1e-5)

@@ -1,0 +1,88 @@
+"""A small DeepSeek-V3 for tests, the same in transformers and in the learner."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.config import schema
+from r1mega.learner.learner import Learner, open_learner
+from r1mega.model.hf_config import hf_config
+from r1mega.parallel.backend import open_backend
+from r1mega.parallel.groups import open_groups
+from r1mega.parallel.layout import Layout
+from r1mega.records import Batch, Sequence
+
+MODEL = schema.Model(
+    vocab_size=128,
+    num_hidden_layers=4,
+    n_routed_experts=16,
+    initializer_range=0.08,
+    max_position_embeddings=320,
+    rope_scaling=schema.RopeScaling(factor=40.0, original_max_position_embeddings=8),
+)
+SETTINGS = schema.Learner(precision="fp32", lr=1e-3, tokens_per_microbatch=64, logprob_chunk_tokens=16)
+
+
+def tiny_learner(
+    *, model: schema.Model = MODEL, settings: schema.Learner = SETTINGS, temperature: float = 1.0, **axes: Any
+) -> Learner:
+    """The learner on this process's rank; ``axes`` are Layout's sizes."""
+    backend = open_backend("cpu")
+    groups = open_groups(Layout(**axes), backend, timeout_s=120, seed=1)
+    return open_learner(model, settings, groups, backend, temperature=temperature, seed=7)
+
+
+def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 3) -> Batch:
+    """Sequences of 6 to 40 tokens with every column filled."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=g).tolist()
+
+    def floats(count: int) -> list[float]:
+        return torch.randn(count, generator=g).tolist()
+
+    sequences = []
+    for i in range(num_sequences):
+        length, start = integers(8, 41, 1)[0], integers(1, 6, 1)[0]
+        n = length - start
+        logprobs = [-4.8 + 0.1 * x for x in floats(n)]
+        sequences.append(
+            Sequence(
+                uid=f"s{i}",
+                token_ids=tuple(integers(0, vocab_size, length)),
+                start=start,
+                weight=1.0 / (num_sequences * n),
+                advantage=floats(1)[0],
+                sampler_logprobs=tuple(logprobs),
+                policy_logprobs=tuple(p + 0.05 * x for p, x in zip(logprobs, floats(n), strict=True)),
+                reference_logprobs=tuple(p + 0.2 * x for p, x in zip(logprobs, floats(n), strict=True)),
+            )
+        )
+    return Batch(sequences=tuple(sequences))
+
+
+def transformers_model(learner_model: schema.Model, folder: Path) -> Any:
+    """transformers' own DeepseekV3ForCausalLM with random weights, saved under ``folder``."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(**hf_config(learner_model), attn_implementation="eager")
+    network = DeepseekV3ForCausalLM(config).eval().float()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+            else:
+                parameter.normal_(0, 0.08, generator=g)
+        for name, buffer in network.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.copy_(0.05 * torch.randn(buffer.shape, generator=g))
+    network.save_pretrained(folder)
+    return network
+
+
+def with_init(folder: Path) -> schema.Model:
+    return dataclasses.replace(MODEL, init=str(folder))

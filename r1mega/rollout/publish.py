@@ -100,14 +100,24 @@ def _attempt(
         return publish(fleet, _present(tensors), version, bucket_bytes)
     except (FleetNotReady, SyncFailed) as error:
         log.warning("publishing version %d failed: %s", version, error)
-        _exhaust(tensors)
         return str(error)
+    finally:
+        _exhaust(tensors)
 
 
 def publish(
     fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
 ) -> SyncReport:
     """Send ``tensors`` to all usable engines and admit exactly those to the router."""
+    try:
+        return _publish(fleet, tensors, version, bucket_bytes)
+    finally:
+        _exhaust(tensors)
+
+
+def _publish(
+    fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
+) -> SyncReport:
     started = time.monotonic()
     engines = fleet.usable()
     if not engines:
@@ -120,7 +130,6 @@ def publish(
         fleet.set_version(engines, version)
         fleet.admit(version)
     except TransferFailed as error:
-        _exhaust(tensors)
         _quarantine_culprits(fleet, engines, error)
         raise SyncFailed(str(error)) from error
     except CallFailed as error:  # the router: the engines are blameless
@@ -153,7 +162,7 @@ def _send_all(
 
 
 def _post_all(fleet: Fleet, group: Transfer, route: str) -> None:
-    bodies = [{} for _ in group.urls]
+    bodies: list[dict[str, str]] = [{} for _ in group.urls]
     failures = control.post_each(group.urls, route, bodies, timeout_s=fleet.timeout_s)
     if failures:
         reasons = {url: str(failure) for url, failure in failures.items()}

@@ -17,17 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import (
     Backend,
+    GroupName,
     PrefixStore,
     _new_process_group_helper,
     _world,
-    rendezvous,
 )
+from torch.distributed.rendezvous import rendezvous
 
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
 from r1mega.system import processes
 
 _JOIN_TIMEOUT_S = 60.0
+
 Failures = dict[str, str]  # engine URL -> what it did wrong
 
 
@@ -147,13 +149,14 @@ def _join_as_rank_0(
     join_timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
     store, rank, size = next(rendezvous(address, 0, size, timeout=join_timeout))
     store.set_timeout(join_timeout)
+    group: dist.ProcessGroup
     group, _ = _new_process_group_helper(
         size,
         rank,
         [],
         Backend(backend),
         PrefixStore(name, store),
-        group_name=name,
+        group_name=GroupName(name),
         backend_options=None,
         timeout=timedelta(seconds=timeout_s),
     )

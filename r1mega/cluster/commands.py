@@ -1,0 +1,114 @@
+"""The command line and environment of every process of a job; pure, so that tests can read them.
+
+Another way to start a job (Slurm) runs the same commands; only who starts them differs.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1mega.config.schema import Config
+
+
+def learner_argv(
+    config: Config, verb: str, layers: Sequence[str], *, port: int, logs: Path
+) -> list[str]:
+    """All learner ranks of this machine. Rank 0 keeps its standard output; the rest goes to logs."""
+    count = config.cluster.learner_processes_per_node
+    to_files = ",".join(["0:2", *(f"{rank}:3" for rank in range(1, count))])
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--node-rank=0",
+        f"--nproc-per-node={count}",
+        f"--master-addr={config.cluster.host}",
+        f"--master-port={port}",
+        f"--log-dir={logs}",
+        f"--redirects={to_files}",
+        "-m",
+        "r1mega",
+        "worker",
+        verb,
+        *layers,
+    ]
+
+
+def learner_environment(config: Config) -> dict[str, str]:
+    if config.cluster.backend == "cpu":
+        return _CPU
+    devices = range(config.cluster.learner_processes_per_node)
+    # Megatron overlaps communication with tensor parallel GEMMs only under one connection.
+    return {**_devices(devices), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def engine_argv(config: Config, *, model_path: Path, port: int) -> list[str]:
+    """One engine. It starts with random weights: the learner publishes before the first request."""
+    rollout = config.rollout
+    common = [
+        "--model-path",
+        str(model_path.resolve()),  # the router reads the tokenizer there, from wherever it runs
+        "--host",
+        config.cluster.host,
+        "--port",
+        str(port),
+        "--load-format",
+        "dummy",
+        "--max-running-requests",
+        str(rollout.max_running_requests),
+        "--context-length",
+        str(rollout.context_tokens),
+    ]
+    if rollout.engine == "embedded":
+        timeout = ["--dist-timeout", str(config.cluster.collective_timeout_s)]
+        return [sys.executable, "-m", "r1mega.rollout.engine", *common, *timeout]
+    device = _sglang_cpu(config) if config.cluster.backend == "cpu" else _sglang_cuda(config)
+    launch = [rollout.sglang_python, "-m", "sglang.launch_server"]
+    return [*launch, *common, *device, *rollout.sglang_args]
+
+
+def engine_environment(config: Config, index: int) -> dict[str, str]:
+    """Engines take the GPUs after the learner's, ``gpus_per_engine`` each."""
+    if config.cluster.backend == "cpu":
+        sglang = {"SGLANG_USE_CPU_ENGINE": "1"} if config.rollout.engine == "sglang" else {}
+        return {**_CPU, **sglang}
+    size = config.cluster.gpus_per_engine
+    first = config.cluster.learner_processes_per_node + index * size
+    return {**_devices(range(first, first + size)), "PYTHONUNBUFFERED": "1"}
+
+
+# One thread per process: on shared cores a second one costs more than it brings.
+_CPU = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _devices(devices: range) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)}
+
+
+def _sglang_cpu(config: Config) -> list[str]:
+    tokens = config.rollout.context_tokens * config.rollout.max_running_requests
+    return [
+        "--device",
+        "cpu",
+        "--attention-backend",
+        "torch_native",
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        str(tokens),
+        "--disable-overlap-schedule",
+        "--skip-server-warmup",
+        "--sleep-on-idle",  # else an idle server keeps one core busy
+    ]
+
+
+def _sglang_cuda(config: Config) -> list[str]:
+    dtype = "float32" if config.learner.precision == "fp32" else "bfloat16"
+    return ["--tp-size", str(config.cluster.gpus_per_engine), "--dtype", dtype]

@@ -1,0 +1,242 @@
+"""The launcher of one machine: start router, engines and learner, watch them, end all of them.
+
+Whatever happens here (the learner's end, a failure, Ctrl-C, SIGTERM, even SIGKILL), nothing that
+was started stays behind. One launcher at a time works on a run directory.
+"""
+
+import fcntl
+import json
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from r1mega.cluster import commands
+from r1mega.cluster.engines import Engines
+from r1mega.cluster.errors import JobFailed
+from r1mega.config.load import dump
+from r1mega.config.schema import Config
+from r1mega.data.tokenizer import save_tokenizer
+from r1mega.model.hf_config import hf_config
+from r1mega.rollout.router import RouterClient, router_argv
+from r1mega.run.directory import RunDirectory
+from r1mega.system import files, processes
+from r1mega.system.processes import Process
+
+log = logging.getLogger(__name__)
+
+_LEARNER_GRACE_S = 15.0
+_SERVER_GRACE_S = 5.0
+_ROUTER_START_TIMEOUT_S = 60.0
+_TICK_S = 0.1
+
+
+def run(verb: str, config: Config, layers: Sequence[str]) -> int:
+    """Run one stage on this machine; the exit code of the learner, or 1 with a sentence."""
+    try:
+        _check_ports(config)
+        directory = RunDirectory.create(config.run.root, config.name)
+        with _locked(directory), _signals_end_us():
+            return _Job(verb, config, layers, directory).run()
+    except JobFailed as error:
+        sys.stderr.write(_failure_text(str(error), error.log))
+        return 1
+
+
+class _Job:
+    """The processes of one run, from start to end."""
+
+    def __init__(
+        self, verb: str, config: Config, layers: Sequence[str], directory: RunDirectory
+    ) -> None:
+        self._verb = verb
+        self._config = config
+        self._layers = layers
+        self._directory = directory
+        self._router: Process | None = None
+        self._engines: Engines | None = None
+        self._learner: Process | None = None
+
+    def run(self) -> int:
+        try:
+            self._prepare()
+            if needs_engines(self._verb, self._config):
+                self._router = self._start_router()
+                self._engines = self._start_engines()
+            self._learner = self._start_learner()
+            log.info("logs are in %s", self._directory.logs)
+            return self._watch(self._learner)
+        finally:
+            self._end()
+
+    def _prepare(self) -> None:
+        """Everything the processes read is there before the first one starts."""
+        dump(self._config, self._directory.config_path)
+        for stale in self._directory.fleet.glob("*.json"):
+            stale.unlink()
+        model_path = self._directory.engine_model
+        save_tokenizer(self._config.model.tokenizer, model_path)
+        values = hf_config(self._config.model, dtype=_dtype(self._config))
+        files.write_atomically(model_path / "config.json", json.dumps(values, indent=2) + "\n")
+
+    def _start_router(self) -> Process:
+        cluster, rollout = self._config.cluster, self._config.rollout
+        port = cluster.router_port or processes.free_port(cluster.host)
+        argv = router_argv(
+            cluster.host,
+            port,
+            metrics_port=processes.free_port(cluster.host),
+            request_timeout_s=rollout.request_timeout_s,
+        )
+        process = processes.start(argv, name="router", log=self._directory.logs / "router.log")
+        self._router = process  # known to _end() while we wait
+        url = f"http://{cluster.host}:{port}"
+        _wait_for_router(RouterClient(url), process)
+        entry = {"url": url, "pid": process.pid}
+        files.write_atomically(self._directory.fleet / "router.json", json.dumps(entry) + "\n")
+        return process
+
+    def _start_engines(self) -> Engines:
+        return Engines(
+            self._start_engine,
+            count=self._config.rollout.engines,
+            host=self._config.cluster.host,
+            folder=self._directory.fleet,
+            start_timeout_s=self._config.rollout.engine_start_timeout_s,
+            max_restarts=self._config.rollout.max_restarts,
+        )
+
+    def _start_engine(self, index: int, port: int) -> Process:
+        model_path = self._directory.engine_model
+        return processes.start(
+            commands.engine_argv(self._config, model_path=model_path, port=port),
+            name=f"engine-{index}",
+            log=self._directory.logs / f"engine-{index}.log",
+            env=commands.engine_environment(self._config, index),
+        )
+
+    def _start_learner(self) -> Process:
+        cluster = self._config.cluster
+        port = cluster.master_port or processes.free_port(cluster.host)
+        logs = self._directory.logs / "learner"
+        argv = commands.learner_argv(self._config, self._verb, self._layers, port=port, logs=logs)
+        return processes.start(
+            argv,
+            name="learner",
+            log=self._directory.logs / "learner.log",
+            env=commands.learner_environment(self._config),
+            inherit_stdout=True,
+        )
+
+    def _watch(self, learner: Process) -> int:
+        """Until the learner ends, or something ends that it cannot do without."""
+        while (code := learner.exit_code()) is None:
+            if self._router is not None and not self._router.alive():
+                code = self._router.exit_code()
+                raise JobFailed(f"the router ended with exit code {code}", self._router.log)
+            if self._engines is not None:
+                self._engines.tick()
+            time.sleep(_TICK_S)
+        if code != 0:
+            rank, path = failing_rank(learner.log, self._directory.logs / "learner")
+            who = "the learner" if rank is None else f"rank {rank} of the learner"
+            sys.stderr.write(_failure_text(f"{who} ended with exit code {code}", path))
+        return code
+
+    def _end(self) -> None:
+        """The learner first: its last requests may still need the engines."""
+        if self._learner is not None:
+            processes.end([self._learner], grace_s=_LEARNER_GRACE_S)
+        servers = [] if self._router is None else [self._router]
+        if self._engines is not None:
+            self._engines.close()
+            servers += self._engines.processes()
+        processes.end(servers, grace_s=_SERVER_GRACE_S)
+        for entry in self._directory.fleet.glob("*.json"):
+            entry.unlink()
+
+
+def needs_engines(verb: str, config: Config) -> bool:
+    """Whether this stage samples."""
+    return verb != "sft" and config.rollout.replay is None
+
+
+def failing_rank(summary: Path, logs: Path) -> tuple[int | None, Path]:
+    """The rank that failed first, by torch.distributed.run's summary, and the log to read."""
+    text = summary.read_text(errors="replace") if summary.exists() else ""
+    causes = re.findall(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\)", text, re.DOTALL)
+    if not causes:
+        return None, summary
+    rank, local_rank = causes[-1]
+    attempts = sorted(logs.glob(f"*/attempt_*/{local_rank}"), key=lambda path: path.stat().st_mtime)
+    written = [path / name for path in attempts[-1:] for name in ("stderr.log", "stdout.log")]
+    telling = [path for path in written if path.exists() and path.stat().st_size > 0]
+    return int(rank), telling[0] if telling else summary
+
+
+def _check_ports(config: Config) -> None:
+    cluster = config.cluster
+    for key, port in (("master_port", cluster.master_port), ("router_port", cluster.router_port)):
+        if port and not processes.port_is_free(cluster.host, port):
+            raise JobFailed(
+                f"cluster.{key}={port} is taken on {cluster.host}: end what listens there, "
+                "choose another port, or 0 for a free one"
+            )
+
+
+def _wait_for_router(client: RouterClient, process: Process) -> None:
+    deadline = time.monotonic() + _ROUTER_START_TIMEOUT_S
+    while not client.answers():
+        if not process.alive():
+            raise JobFailed(f"the router ended with exit code {process.exit_code()}", process.log)
+        if time.monotonic() > deadline:
+            raise JobFailed(
+                f"the router at {client.url} did not answer within {_ROUTER_START_TIMEOUT_S:.0f} s",
+                process.log,
+            )
+        time.sleep(_TICK_S)
+
+
+def _dtype(config: Config) -> str:
+    return "float32" if config.learner.precision == "fp32" else "bfloat16"
+
+
+def _failure_text(message: str, log_path: Path | None) -> str:
+    if log_path is None:
+        return f"r1mega: {message}\n"
+    return f"r1mega: {message}; the end of {log_path}:\n{processes.last_lines(log_path)}\n"
+
+
+@contextmanager
+def _locked(directory: RunDirectory) -> Iterator[None]:
+    with (directory.path / "launcher.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JobFailed(
+                f"another launcher works on {directory.path}: wait for its end, or give this run "
+                "another name=..."
+            ) from error
+        yield
+
+
+@contextmanager
+def _signals_end_us() -> Iterator[None]:
+    """Turn the signals that ask us to end into an exception, so that ``finally`` runs."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough; the end has its own time limit
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,168 @@
+"""Weight updates over a collective group of its own, in SGLang's protocol.
+
+The trainer is rank 0 of a gloo group that exists beside (and without) any default group; engines
+are the ranks from ``rank_offset`` on. Tensors are broadcast one by one in list order, or as one
+uint8 bucket. A call receives everything first and writes the weights only when all of it fits, so
+a refused or broken call leaves weights and version as they were.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+
+from r1mega.rollout.engine.weights import Weights, check_names, load
+
+LoadFormat = Literal["flattened_bucket"] | None
+
+
+def join_group(
+    *, address: str, port: int, rank: int, world_size: int, name: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """Rank 0 listens on address:port, the others come; returns when all are there.
+
+    The body of ``torch.distributed.init_process_group`` without its default group: SGLang and
+    every trainer that feeds it do the same, so the keys in the store agree.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    url = f"tcp://{address}:{port}"
+    store, _, _ = next(rendezvous(url, rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    group, _ = c10d._new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        c10d.Backend("gloo"),
+        c10d.PrefixStore(name, store),
+        group_name=c10d.GroupName(name),
+        timeout=timeout,
+    )
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError(f"rank {rank} is not part of group {name!r}")
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Payload:
+    """What a call announces: parallel lists, in the order of the broadcasts."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    load_format: LoadFormat = None
+
+
+class WeightUpdater:
+    """Groups by name, and the session outside of which distributed updates are refused."""
+
+    def __init__(self, weights: Weights, *, timeout_s: float) -> None:
+        self._weights = weights
+        self._timeout_s = timeout_s
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._in_session = False
+
+    def init_group(
+        self, *, address: str, port: int, rank: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """Blocks until the trainer and all other ranks have joined."""
+        if backend != "gloo":
+            raise ValueError(f"backend is {backend!r}; this engine runs on CPU: use 'gloo'")
+        if not 0 < rank < world_size:
+            raise ValueError(f"rank_offset {rank} must lie in [1, world_size {world_size})")
+        if name in self._groups:
+            raise ValueError(f"group {name!r} exists: destroy it or choose another name")
+        try:
+            self._groups[name] = join_group(
+                address=address,
+                port=port,
+                rank=rank,
+                world_size=world_size,
+                name=name,
+                timeout_s=self._timeout_s,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot join group {name!r} at {address}:{port}: {error}") from error
+
+    def destroy_group(self, name: str) -> None:
+        dist.destroy_process_group(self._pop_group(name))
+
+    def _pop_group(self, name: str) -> dist.ProcessGroup:
+        if name not in self._groups:
+            raise ValueError(f"there is no group {name!r}: call /init_weights_update_group first")
+        return self._groups.pop(name)
+
+    def begin(self) -> None:
+        if self._in_session:
+            raise ValueError("a weight update is already open: call /end_weight_update first")
+        self._in_session = True
+
+    def end(self) -> None:
+        if not self._in_session:
+            raise ValueError("no weight update is open: call /begin_weight_update first")
+        self._in_session = False
+
+    def receive(self, payload: Payload, group_name: str) -> None:
+        """Receive what is announced and load it; a payload that does not fit is still drained."""
+        if not self._in_session:
+            raise ValueError(
+                "weights can be updated only between /begin_weight_update and /end_weight_update"
+            )
+        if group_name not in self._groups:
+            raise ValueError(
+                f"there is no group {group_name!r}: call /init_weights_update_group first"
+            )
+        dtypes = [_dtype(name) for name in payload.dtypes]
+        lengths = (len(payload.names), len(dtypes), len(payload.shapes))
+        if len(set(lengths)) != 1:
+            raise ValueError(f"names, dtypes and shapes have different lengths: {lengths}")
+        group = self._groups[group_name]
+        try:
+            tensors = _receive(payload, dtypes, group)
+        except RuntimeError as error:
+            raise ValueError(f"the broadcast over group {group_name!r} broke: {error}") from error
+        check_names(self._weights, payload.names, payload.shapes)
+        load(self._weights, zip(payload.names, tensors, strict=True))
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"there is no dtype {name!r}; send torch names such as 'float32'")
+    return dtype
+
+
+def _receive(
+    payload: Payload, dtypes: Sequence[torch.dtype], group: dist.ProcessGroup
+) -> list[Tensor]:
+    if payload.load_format == "flattened_bucket":
+        return _receive_bucket(payload.shapes, dtypes, group)
+    tensors = [
+        torch.empty(*shape, dtype=d) for shape, d in zip(payload.shapes, dtypes, strict=True)
+    ]
+    handles = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]
+    for handle in handles:
+        handle.wait()
+    return tensors
+
+
+def _receive_bucket(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """One uint8 broadcast: the bytes of every tensor, one after the other."""
+    sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
+    bucket = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(bucket, src=0, group=group)
+    parts = bucket.split(sizes)
+    # clone: a part may start at an address that its dtype cannot be read from
+    return [
+        part.clone().view(dtype).view(*shape)
+        for part, dtype, shape in zip(parts, dtypes, shapes, strict=True)
+    ]

@@ -13,7 +13,7 @@ from r1mega.config.schema import Config
 def learner_argv(
     config: Config, verb: str, layers: Sequence[str], *, port: int, logs: Path
 ) -> list[str]:
-    """All learner ranks of this machine. Rank 0 keeps its standard output; the rest goes to logs."""
+    """All learner ranks of this machine; all output but rank 0's standard output goes to logs."""
     count = config.cluster.learner_processes_per_node
     to_files = ",".join(["0:2", *(f"{rank}:3" for rank in range(1, count))])
     return [

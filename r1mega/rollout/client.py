@@ -30,12 +30,11 @@ async def generate(
     request: SampleRequest,
     sampling: Sampling,
     *,
-    rid: str,
     routing_key: str | None = None,
 ) -> Sample:
     """Draw ``request`` from the engine or router at ``url``."""
     headers = {} if routing_key is None else {ROUTING_KEY: routing_key}
-    body = generate_body(request, sampling, rid=rid)
+    body = generate_body(request, sampling)
     try:
         async with session.post(f"{url}/generate", json=body, headers=headers) as response:
             if response.status != 200:
@@ -46,10 +45,9 @@ async def generate(
     return read_answer(answer, request)
 
 
-def generate_body(request: SampleRequest, sampling: Sampling, *, rid: str) -> dict[str, Any]:
-    """The JSON of POST /generate."""
+def generate_body(request: SampleRequest, sampling: Sampling) -> dict[str, Any]:
+    """The JSON of POST /generate. No ``rid``: the router's own retries would repeat it."""
     return {
-        "rid": rid,
         "input_ids": list(request.prompt.token_ids),
         "sampling_params": {
             "max_new_tokens": sampling.max_tokens,

@@ -178,7 +178,7 @@ def _compare_checksums(fleet: Fleet, engines: list[EngineHandle], sent: _Sent) -
         except CallFailed as error:
             wrong[engine.url] = str(error)
             continue
-        held = answer["checksums"]
+        held = answer["ranks"][0]["checksums"]
         bad = [name for name, digest in sent.digests.items() if held.get(name) != digest]
         if bad:
             wrong[engine.url] = (

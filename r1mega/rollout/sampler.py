@@ -113,10 +113,7 @@ class HttpSampler:
     ) -> Sample:
         # Later attempts carry no key: they may go to another engine than the one that failed.
         key = f"{request.prompt.uid}@{self.expected_version}" if attempt == 0 else None
-        rid = f"{request.uid}@{self.expected_version}.{attempt}"
-        sample = await client.generate(
-            session, self.url, request, sampling, rid=rid, routing_key=key
-        )
+        sample = await client.generate(session, self.url, request, sampling, routing_key=key)
         drawn_from = {part.version for part in sample.versions}
         if drawn_from != {self.expected_version}:
             if self._stats.stale == 0:

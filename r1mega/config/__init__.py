@@ -1,4 +1,4 @@
-"""Configuration of a run: ``schema`` (its keys), ``load``, ``checks``, ``derived``. Imports no torch."""
+"""A run's configuration: ``schema`` (its keys), ``load``, ``checks``, ``derived``; no torch."""
 
 from r1mega.config.errors import ConfigError
 from r1mega.config.load import dump, load

@@ -93,8 +93,8 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
         return
     if uneven and p.vpp is not None:
         yield (
-            f"vpp={p.vpp} needs equal stages; unset parallel.vpp, or both layers_in_first_stage and "
-            "layers_in_last_stage"
+            f"vpp={p.vpp} needs equal stages; unset parallel.vpp, or "
+            "layers_in_first_stage and layers_in_last_stage"
         )
         return
     try:

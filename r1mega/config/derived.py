@@ -30,11 +30,12 @@ def layers_per_stage(num_layers: int, parallel: Parallel) -> tuple[int, ...]:
     first, last = parallel.layers_in_first_stage, parallel.layers_in_last_stage
     middle = parallel.pp - (first is not None) - (last is not None)
     remaining = num_layers - (first or 0) - (last or 0)
-    fits = remaining == 0 if middle == 0 else remaining >= middle and remaining % middle == 0
-    if not fits:
+    share = remaining // middle if middle else 0
+    if share * middle != remaining or (middle and share < 1):
         raise ValueError(f"{remaining} layers remain for {middle} stages")
-    share = (remaining // middle,) * middle
-    return (*(() if first is None else (first,)), *share, *(() if last is None else (last,)))
+    head = () if first is None else (first,)
+    tail = () if last is None else (last,)
+    return (*head, *(share,) * middle, *tail)
 
 
 def samples_per_step(algorithm: Algorithm) -> int:

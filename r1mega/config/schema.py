@@ -1,7 +1,7 @@
 """Every key of a run, by section. Values are frozen; derived quantities live in ``derived.py``.
 
-A string under a field is its documentation. The range of each value is in ``ranges.py``; what values
-must agree with each other on is in ``checks.py``.
+A string under a field is its documentation. The range of each value is in ``ranges.py``;
+constraints between values are in ``checks.py``.
 """
 
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Model:
     init: str = "random"
     """``random``, a Hugging Face folder, or a checkpoint of ours (a ``step_NNNNNN`` folder)."""
     tokenizer: str = "arithmetic"
-    """``arithmetic`` (built in), ``deepseek`` (the published one), or a folder with tokenizer.json."""
+    """``arithmetic`` (built in), ``deepseek`` (published), or a folder with tokenizer.json."""
     architecture: Literal["deepseek_v3"] = "deepseek_v3"
     vocab_size: int = 64
     hidden_size: int = 64

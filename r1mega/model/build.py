@@ -93,10 +93,14 @@ class PolicyModel(GPTModel):
 def build_model(
     model: schema.Model, groups: Groups, options: BuildOptions, *, device: torch.device
 ) -> tuple[MLATransformerConfig, list[torch.nn.Module]]:
-    """Megatron's config and this rank's chunks (one per virtual stage), weights not yet filled."""
+    """Megatron's config and this rank's chunks (one per virtual stage).
+
+    Their weights are Megatron's own draw, which depends on the layout: fill them from
+    ``r1mega.weights``. (Initialization stays on because it also marks what is cut over tp, which the
+    gradient norm reads.)
+    """
     layout = groups.layout
     config = transformer_config(model, layout, options)
-    config.perform_initialization = False  # weights.load fills every parameter, layout-independently
     chunks: list[torch.nn.Module] = []
     num_chunks = layout.vpp or 1
     for chunk in range(num_chunks):
@@ -113,8 +117,20 @@ def build_model(
             parallel_output=True,
             vp_stage=vp_stage,
         ).to(device)
+        _mark_experts(policy)
         chunks.append(_in_bf16(config, policy) if options.precision == "bf16" else policy)
     return config, chunks
+
+
+def _mark_experts(policy: PolicyModel) -> None:
+    """Experts reduce their gradients over edp, always.
+
+    megatron-core 0.16.1 marks them so only when ep > 1; with ep=1 and etp < tp it would reduce over
+    dp alone and every tensor-parallel rank would train experts of its own, silently.
+    """
+    for name, parameter in policy.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _in_bf16(config: MLATransformerConfig, policy: PolicyModel) -> torch.nn.Module:

@@ -45,6 +45,7 @@ def _start(
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(ROOT),
     }
     with (folder / f"{rank}.log").open("wb") as log:

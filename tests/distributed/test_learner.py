@@ -11,6 +11,7 @@ from tests.distributed.launch import run_ranks
 
 LAYOUTS = {
     "dp2": {"world": 2},
+    "tp2 with whole experts": {"world": 2, "tp": 2},
     "tp2 pp2 ep2": {"world": 4, "tp": 2, "pp": 2, "ep": 2},
 }
 

@@ -1,18 +1,21 @@
 """A small DeepSeek-V3 for tests, the same in transformers and in the learner."""
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from r1mega.config import schema
-from r1mega.learner.learner import Learner, open_learner
 from r1mega.model.hf_config import hf_config
 from r1mega.parallel.backend import open_backend
 from r1mega.parallel.groups import open_groups
 from r1mega.parallel.layout import Layout
 from r1mega.records import Batch, Sequence
+
+if TYPE_CHECKING:
+    from r1mega.learner.learner import Learner
 
 MODEL = schema.Model(
     vocab_size=128,
@@ -26,11 +29,18 @@ SETTINGS = schema.Learner(precision="fp32", lr=1e-3, tokens_per_microbatch=64, l
 
 
 def tiny_learner(
-    *, model: schema.Model = MODEL, settings: schema.Learner = SETTINGS, temperature: float = 1.0, **axes: Any
-) -> Learner:
-    """The learner on this process's rank; ``axes`` are Layout's sizes."""
+    *,
+    model: schema.Model = MODEL,
+    settings: schema.Learner = SETTINGS,
+    temperature: float = 1.0,
+    **axes: Any,
+) -> "Learner":
+    """The learner on this process's rank; ``axes`` are Layout's sizes but for the world's."""
     backend = open_backend("cpu")
-    groups = open_groups(Layout(**axes), backend, timeout_s=120, seed=1)
+    from r1mega.learner.learner import open_learner  # megatron.core, after the backend's shim
+
+    layout = Layout(world=int(os.environ["WORLD_SIZE"]), **axes)
+    groups = open_groups(layout, backend, timeout_s=120, seed=1)
     return open_learner(model, settings, groups, backend, temperature=temperature, seed=7)
 
 

@@ -43,7 +43,7 @@ def load_equality() -> Callable[[Any], bool]:
 
 
 def readings(text: str) -> list[str]:
-    """The forms in which math-verify gets a text: ``readings("7 or 8") == [r"\\boxed{7 or 8}"]``."""
+    """The forms in which math-verify gets a text: ``readings("x") == ["\\\\boxed{x}"]``."""
     if _DELIMITED.search(text):
         return [text]
     boxed = f"\\boxed{{{text}}}"

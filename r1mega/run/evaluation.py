@@ -34,8 +34,8 @@ def cons_at_k(
     """Share of prompts whose most frequent answer is right (self-consistency, majority vote).
 
     Responses without an answer (None) do not vote. Right answers are one class, for all equal the
-    gold one; a wrong answer joins the first class whose first member it is equivalent to. Of classes
-    with equal votes the one seen first wins.
+    gold one; a wrong answer joins the first class whose first member it is equivalent to. Of
+    classes with equal votes the one seen first wins.
     """
     return fmean(
         _majority_is_right(answers_K, correct_K, equivalent)

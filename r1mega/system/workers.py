@@ -3,9 +3,9 @@
 Invariants: every item gets exactly one Result, in order, within a bounded time; an item that
 overruns its CPU seconds or memory costs its worker its life and nobody else anything; messages are
 JSON lines over pipes, never pickles; a worker starts in the background, imports no torch and never
-outlives its parent for longer than one item. CPU time is charged, not wall time, so a loaded machine
-changes no result; the wall limit only catches a worker that waits for something that never comes,
-which is the machinery's fault.
+outlives its parent for longer than one item. CPU time is charged, not wall time, so a loaded
+machine changes no result; the wall limit only catches a worker that waits for something that never
+comes, which is the machinery's fault.
 """
 
 import contextlib
@@ -163,7 +163,7 @@ class _Worker:
         self.deadline = math.inf
         self._limits = limits
         self._buffer = b""
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: until kill()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             # -P: the script's folder must not shadow modules of the same names
             [sys.executable, "-P", str(_SCRIPT)],

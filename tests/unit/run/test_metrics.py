@@ -30,9 +30,7 @@ def test_rows_are_flat_and_complete(run: RunDirectory) -> None:
     ]
 
 
-def test_a_diverging_run_is_recorded(
-    run: RunDirectory, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_diverging_run_is_recorded(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
     writer = MetricsWriter(run)
     with caplog.at_level(logging.WARNING):
         writer.write(1, {"loss": math.nan, "learner/grad_norm": math.inf, "reward/mean": 0.5})
@@ -135,9 +133,7 @@ def test_no_file_is_no_rows(run: RunDirectory) -> None:
     assert read_metrics(run.metrics) == []
 
 
-def test_missing_wandb_is_one_sentence(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_wandb_is_one_sentence(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python does for a failed import
     with pytest.raises(ValueError, match=r"run.wandb_project=r1 needs W&B: pip install wandb"):
         MetricsWriter(run, wandb_project="r1")

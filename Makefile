@@ -47,7 +47,7 @@ soak: $(READY)  ## the smoke on three seeds; runs/soak/seed_N keeps each
 # Made again whenever pyproject.toml changes. torch goes first and alone, so that the build of it that
 # pip finds here (CPU or CUDA) is the one that everything else is resolved against.
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "r1mega needs Python 3.11 or newer, and $(PYTHON) is older or missing:" \
 	    "apt-get install python3.11 python3.11-venv (as root), then make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \

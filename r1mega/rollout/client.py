@@ -41,7 +41,9 @@ async def generate(
                 raise _refusal(response.status, await response.text(), request)
             answer = await response.json()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise AttemptFailed(f"{url} did not answer: {error or type(error).__name__}") from error
+        raise AttemptFailed(
+            f"{url} did not answer: {str(error) or type(error).__name__}"
+        ) from error
     return read_answer(answer, request)
 
 

@@ -1,6 +1,8 @@
 """Real engines and a real router on a tiny random model, for the tests of this folder."""
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +53,11 @@ class RunningFleet:
             **{"timeout_s": 60.0, **changes},  # type: ignore[arg-type]
         )
 
+    def kill(self, name: str) -> None:
+        """Kill an engine as the machine would, and see it dead."""
+        os.kill(self.engines[name].pid, signal.SIGKILL)
+        assert self.engines[name].wait(30) is not None
+
     def start_engine(self, name: str, incarnation: int = 0) -> None:
         """Start an engine, wait for it and register it, as the launcher does."""
         port = processes.free_port()
@@ -73,9 +80,7 @@ def running_fleet(folder: Path, num_engines: int) -> Iterator[RunningFleet]:
     save_tokenizer("arithmetic", folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps(hf_config(MODEL)))
     port = processes.free_port()
-    argv = router_argv(
-        "127.0.0.1", port, metrics_port=processes.free_port(), request_timeout_s=120
-    )
+    argv = router_argv("127.0.0.1", port, metrics_port=processes.free_port(), request_timeout_s=120)
     router = processes.start(argv, name="router", log=folder / "logs" / "router.log")
     fleet = RunningFleet(folder=folder, router_url=f"http://127.0.0.1:{port}", router=router)
     try:
@@ -98,10 +103,10 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def requests(num_prompts: int, per_prompt: int) -> list[SampleRequest]:
+def requests(num_prompts: int, per_prompt: int, name: str = "p") -> list[SampleRequest]:
     prompts = [
         Prompt(
-            uid=f"p/{i}",
+            uid=f"{name}/{i}",
             text="",
             token_ids=tuple(range(3, 9 + i % 5)),
             question="",

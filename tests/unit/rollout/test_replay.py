@@ -1,0 +1,49 @@
+"""Kept rollouts read back equal, and a bad line names its place."""
+
+from pathlib import Path
+
+import pytest
+
+from r1mega.records import Group, Score
+from r1mega.rollout.client import read_answer
+from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path, write_rollout
+from tests.unit.rollout.answers import answer, request
+
+
+def group(uid: str) -> Group:
+    requests = [request(index, uid) for index in range(2)]
+    logprobs = [[-0.1, 8, None], [-1e-30, 9, None], [-1 / 3, 1, None]]
+    samples = tuple(read_answer(answer(output_token_logprobs=logprobs), r) for r in requests)
+    scores = (Score(value=1.5, parts={"accuracy": 1.0}), Score(value=0.0, parts={}, error="x"))
+    return Group(prompt=requests[0].prompt, samples=samples, scores=scores)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    groups = [group("a"), group("b/\u00e9\n")]
+    path = write_rollout(tmp_path / "rollouts", 3, groups)
+    assert path.name == "rollout_000003.jsonl"
+    assert len(path.read_text().splitlines()) == 2
+    assert read_rollout(path) == groups
+
+
+def test_numbers(tmp_path: Path) -> None:
+    for number in (10, 2):
+        write_rollout(tmp_path, number, [group("a")])
+    assert rollout_numbers(tmp_path) == [2, 10]
+    assert rollout_path(tmp_path, 2).exists()
+    with pytest.raises(ValueError, match="holds no rollout_NNNNNN"):
+        rollout_numbers(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected one JSON object per line"),
+        ('{"prompt": 3}', "expected a group of a rollout: Expected `object`, got `int`"),
+    ],
+)
+def test_bad_line_names_its_place(tmp_path: Path, line: str, message: str) -> None:
+    path = write_rollout(tmp_path, 1, [group("a")])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=f"rollout_000001.jsonl:2: {message}"):
+        read_rollout(path)

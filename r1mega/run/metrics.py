@@ -1,9 +1,9 @@
 """The numbers of a run, one flat object per step: metrics.jsonl, TensorBoard, W&B when configured.
 
-Invariants: steps rise strictly, so a step is never there twice (``truncate_after`` forgets what a
-resumed run will do again); ``time_s`` is time spent on the steps that are there, over all restarts;
-a value that is not finite is null in metrics.jsonl and itself in TensorBoard. docs/metrics.md
-explains every key.
+Invariants: a step has one row and steps rise (``truncate_after`` forgets what a resumed run will do
+again; an evaluation of the last step joins the row of that step); ``time_s`` is time spent on the
+steps that are there, over all restarts; a value that is not finite is null in metrics.jsonl and
+itself in TensorBoard. docs/metrics.md explains every key.
 """
 
 import logging
@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from r1mega.run.directory import RunDirectory
-from r1mega.run.rows import append_rows, iterate_rows, truncate_after
+from r1mega.run.rows import append_rows, iterate_rows, replace_last_row, truncate_after
 
 _RESERVED = ("step", "time_s")
 logger = logging.getLogger(__name__)
@@ -31,24 +31,29 @@ class MetricsWriter:
     def __init__(self, directory: RunDirectory, wandb_project: str | None = None) -> None:
         directory.path.mkdir(parents=True, exist_ok=True)
         self._path = directory.metrics
-        self._resume_from(read_metrics(self._path))
+        self._last, self._origin = _position(read_metrics(self._path))
         self._events = EventFileWriter(str(directory.tensorboard))
         self._wandb = _start_wandb(directory, wandb_project) if wandb_project else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Everything there is to say about ``step``, at once; on disk when this returns."""
-        if step <= self._last_step:
+        """Append the row of ``step``, or add to it when it is the last; new values replace old."""
+        last_step = self._last.get("step", -1)
+        if step < last_step:
             raise ValueError(
-                f"metrics of step {step} after those of step {self._last_step} in {self._path}: "
-                f"write each step once; a run that goes back must call truncate_after({step - 1})"
+                f"metrics of step {step} after those of step {last_step} in {self._path}: "
+                f"a run that goes back must call truncate_after({step - 1}) first"
             )
         numeric = {key: _number(key, value) for key, value in values.items()}
         odd = [f"{key}={value}" for key, value in numeric.items() if not math.isfinite(value)]
         if odd:
             logger.warning("step %d has non-finite metrics: %s", step, ", ".join(odd))
         time_s = round(time.monotonic() - self._origin, 3)
-        append_rows(self._path, [{"step": step, "time_s": time_s, **numeric}])
-        self._last_step = step
+        if step == last_step:
+            self._last = {**self._last, "time_s": time_s, **numeric}
+            replace_last_row(self._path, self._last)
+        else:
+            self._last = {"step": step, "time_s": time_s, **numeric}
+            append_rows(self._path, [self._last])
         self._write_events(step, numeric)
         if self._wandb is not None:
             self._wandb.log({"step": step, "time_s": time_s, **numeric})
@@ -56,7 +61,7 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> None:
         """Forget every later step, here and in TensorBoard, before it is done again."""
         truncate_after(self._path, step)
-        self._resume_from(read_metrics(self._path))
+        self._last, self._origin = _position(read_metrics(self._path))
         start = SessionLog(status=SessionLog.START)  # TensorBoard drops what is at or after it
         self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         self._events.flush()
@@ -65,10 +70,6 @@ class MetricsWriter:
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def _resume_from(self, rows: list[dict[str, Any]]) -> None:
-        self._last_step = rows[-1]["step"] if rows else -1
-        self._origin = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
@@ -80,6 +81,12 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without one that is half written; null is None."""
     return list(iterate_rows(path))
+
+
+def _position(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """The last row ({}: none), and the clock reading at which time_s would have been 0."""
+    last = rows[-1] if rows else {}
+    return last, time.monotonic() - last.get("time_s", 0.0)
 
 
 def _number(key: str, value: Any) -> float:

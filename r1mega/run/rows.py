@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from r1mega.system.files import write_atomically
+
 _BLOCK = 1 << 16
 
 
@@ -27,6 +29,13 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("ab+") as file:
         _cut_half_row(file.fileno())
         file.write(text.encode())
+
+
+def replace_last_row(path: Path, row: dict[str, Any]) -> None:
+    """Put ``row`` in the place of the last one; readers see the one or the other."""
+    *_, (offset, _) = _rows_at(path)
+    line = json.dumps(_finite(row), allow_nan=False) + "\n"
+    write_atomically(path, path.read_bytes()[:offset] + line.encode())
 
 
 def truncate_after(path: Path, step: int) -> None:

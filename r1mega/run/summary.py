@@ -36,14 +36,14 @@ def metric_keys(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def format_number(value: float) -> str:
-    """Two to four digits, short: 0.125, 12.3, 1,234, 1.2e-07."""
+    """Two to four digits, short: 0.125, 0.0416, 12.3, 1,234, 1.2e-07."""
     size = abs(value)
     if value == 0 or (value == int(value) and size < 1e6):
         return f"{int(value):,}"
     if size >= 1e6 or size < 1e-3:
         return f"{value:.2g}"
-    digits = max(0, 2 - math.floor(math.log10(size))) if size >= 1 else 3
-    return f"{value:,.{digits}f}"
+    decimals = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:,.{decimals}f}"
 
 
 def format_duration(seconds: float) -> str:

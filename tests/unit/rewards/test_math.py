@@ -140,9 +140,7 @@ def test_readings() -> None:
 
 
 @pytest.mark.skipif(not CASES.exists(), reason=f"no shared cases at {CASES}")
-def test_shared_cases(
-    reward: MathReward, pair: Callable[[str, str], Pair], tmp_path: Path
-) -> None:
+def test_shared_cases(reward: MathReward, pair: Callable[[str, str], Pair], tmp_path: Path) -> None:
     cases = [json.loads(line) for line in CASES.read_text().splitlines()]
     cases = [case for case in cases if case["expected"] != "policy"]
     pairs = []

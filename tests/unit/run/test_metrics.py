@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -57,13 +58,26 @@ def test_a_bad_value_names_its_key(run: RunDirectory, values: dict, message: str
     assert steps(run) == []
 
 
-def test_a_step_is_written_once(run: RunDirectory) -> None:
+def test_steps_do_not_go_back(run: RunDirectory) -> None:
     writer = MetricsWriter(run)
     writer.write(5, {"loss": 1.0})
-    for step in (5, 4):
-        with pytest.raises(ValueError, match=rf"metrics of step {step} after those of step 5"):
-            writer.write(step, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"step 4 after those of step 5.*truncate_after\(3\)"):
+        writer.write(4, {"loss": 1.0})
     writer.close()
+
+
+def test_an_evaluation_joins_the_row_of_its_step(run: RunDirectory) -> None:
+    writer = MetricsWriter(run)
+    writer.write(1, {"loss": 1.0})
+    writer.write(2, {"loss": 2.0, "eval/pass@1": 0.25})
+    writer.close()
+    evaluation = MetricsWriter(run)  # another process, later
+    evaluation.write(2, {"eval/pass@1": 0.5, "eval/pass@4": math.nan})
+    evaluation.close()
+    first, second = read_metrics(run.metrics)
+    assert (first["step"], first["loss"]) == (1, 1.0)
+    del second["time_s"]
+    assert second == {"step": 2, "loss": 2.0, "eval/pass@1": 0.5, "eval/pass@4": None}
 
 
 def test_resume_has_each_step_once(run: RunDirectory) -> None:
@@ -75,6 +89,7 @@ def test_resume_has_each_step_once(run: RunDirectory) -> None:
         file.write('{"step": 6, "lo')  # killed while writing
     assert steps(run) == [1, 2, 3, 4, 5]
 
+    time.sleep(1.1)  # TensorBoard orders its files by the second in their names
     resumed = MetricsWriter(run)
     resumed.truncate_after(3)
     assert steps(run) == [1, 2, 3]

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _PREFIX_BYTES = 256 << 20
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m r1mega.rollout.engine", description=__doc__)
     add = parser.add_argument
     add("--model-path", type=Path, required=True, help="Hugging Face folder with config.json")
@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     if args.api_key is None and not _is_loopback(args.host):
         raise ValueError(f"--host {args.host} is reachable from outside: give an --api-key as well")
     if not (args.model_path / "config.json").is_file():
@@ -148,9 +148,9 @@ async def _serve(args: argparse.Namespace) -> int:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(1)
-    args = _parse(sys.argv[1:])
+    args = parse_flags(sys.argv[1:])
     try:
-        _check(args)
+        check_flags(args)
         code = asyncio.new_event_loop().run_until_complete(_serve(args))
     except ValueError as error:
         logger.error("%s", error)

@@ -20,7 +20,7 @@ def test_arithmetic_has_64_tokens_and_keeps_single_digits() -> None:
 
 def test_arithmetic_round_trip_drops_special_tokens_but_not_tags() -> None:
     tokenizer = load_tokenizer("arithmetic")
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(RESPONSE), tokenizer.eos_token_id]
+    ids = [0, *tokenizer.encode(RESPONSE), tokenizer.eos_token_id]
     assert tokenizer.decode(ids) == RESPONSE
 
 

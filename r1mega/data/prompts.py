@@ -7,6 +7,7 @@ with exactly the prompts the interrupted one would have drawn.
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from r1mega.config.schema import Data
@@ -53,10 +54,15 @@ def order(num_prompts: int, seed: int, position: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(position + len(indices), num_prompts)
-        permutation = list(range(num_prompts))
-        random.Random(f"epoch {seed} {epoch}").shuffle(permutation)
-        indices += permutation[offset : offset + count - len(indices)]
+        indices += _permutation(num_prompts, seed, epoch)[offset : offset + count - len(indices)]
     return indices
+
+
+@lru_cache(maxsize=2)  # shuffling 64k documents takes longer than a small training step
+def _permutation(num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
+    permutation = list(range(num_prompts))
+    random.Random(f"epoch {seed} {epoch}").shuffle(permutation)
+    return tuple(permutation)
 
 
 def _arithmetic(seed: int, count: int, difficulty: int, *, held_out: bool) -> list[Question]:

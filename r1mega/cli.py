@@ -9,8 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from r1mega.config import Config, ConfigError, load
+
+if TYPE_CHECKING:
+    from r1mega.parallel.backend import Backend
 
 Verb = Callable[[list[str]], int]
 
@@ -111,25 +115,35 @@ def _launch(verb: str, layers: list[str]) -> int:
     return job.run(verb, config, layers)
 
 
+def _open_backend(config: Config) -> "Backend":
+    """Before any stage is imported: on CPU this makes megatron.core importable."""
+    from r1mega.parallel.backend import open_backend
+
+    return open_backend(config.cluster.backend)
+
+
 def _worker_sft(layers: list[str]) -> int:
     config = _load_for("sft", layers)
+    backend = _open_backend(config)
     from r1mega.stages import sft
 
-    return sft.main(config)
+    return sft.main(config, backend)
 
 
 def _worker_rl(layers: list[str]) -> int:
     config = _load_for("rl", layers)
+    backend = _open_backend(config)
     from r1mega.stages import rl
 
-    return rl.main(config)
+    return rl.main(config, backend)
 
 
 def _worker_eval(layers: list[str]) -> int:
     config = _load_for("eval", layers)
+    backend = _open_backend(config)
     from r1mega.stages import evaluate
 
-    return evaluate.main(config)
+    return evaluate.main(config, backend)
 
 
 def _report(layers: list[str]) -> int:

@@ -112,7 +112,7 @@ class Sequence:
         return len(self.token_ids) - self.start
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One optimizer step: the same records on every rank; the learner takes each rank's part."""
 

@@ -15,7 +15,7 @@ def pack(lengths: list[int], *, dp: int, tokens_per_microbatch: int) -> list[lis
     the emptiest microbatch fits the budget; ties go by index, so the result is deterministic.
     """
     if not lengths:
-        return [[] for _ in range(dp)]
+        return [[[]] for _ in range(dp)]  # one empty microbatch: all ranks take part
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     count = dp * max(1, ceil(sum(lengths) / (tokens_per_microbatch * dp)))
     while True:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r1mega.parallel.collectives import broadcast_record
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.fleet import EngineHandle, Fleet, FleetNotReady
@@ -49,6 +50,14 @@ class SyncReport:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """Of one attempt, as rank 0 tells it to the other ranks."""
+
+    report: SyncReport | None = None
+    failure: str = ""
+
+
 @dataclass(kw_only=True, slots=True)
 class _Sent:
     """What went out, for the report and the proof."""
@@ -66,22 +75,23 @@ def publish_from_all_ranks(
     bucket_bytes: int,
     *,
     engine_timeout_s: float,
+    device: torch.device,
 ) -> SyncReport:
     """Publish from every rank of the learner; only rank 0 has the fleet and the whole tensors.
 
     All ranks return the same report or raise the same error. A broken publish is repeated with the
     engines that are left, or with one that comes back within ``engine_timeout_s``.
     """
-    outcome: SyncReport | str = ""
+    outcome = _Outcome()
     for _ in range(_ATTEMPTS):
         outcome = _attempt(fleet, stream(), version, bucket_bytes, engine_timeout_s)
-        if dist.is_initialized():
-            shared = [outcome]
-            dist.broadcast_object_list(shared, src=0)
-            outcome = shared[0]
-        if isinstance(outcome, SyncReport):
-            return outcome
-    raise SyncFailed(f"weights {version} reached no engine in {_ATTEMPTS} attempts: {outcome}")
+        if (world := dist.group.WORLD) is not None:
+            outcome = broadcast_record(outcome, _Outcome, source=0, group=world, device=device)
+        if outcome.report is not None:
+            return outcome.report
+    raise SyncFailed(
+        f"weights {version} reached no engine in {_ATTEMPTS} attempts: {outcome.failure}"
+    )
 
 
 def _attempt(
@@ -90,17 +100,17 @@ def _attempt(
     version: int,
     bucket_bytes: int,
     engine_timeout_s: float,
-) -> SyncReport | str:
+) -> _Outcome:
     """The report, or why there is none."""
     if fleet is None:
         _exhaust(tensors)
-        return ""
+        return _Outcome()
     try:
         fleet.wait_ready(1, engine_timeout_s)
-        return publish(fleet, _present(tensors), version, bucket_bytes)
+        return _Outcome(report=publish(fleet, _present(tensors), version, bucket_bytes))
     except (FleetNotReady, SyncFailed) as error:
         log.warning("publishing version %d failed: %s", version, error)
-        return str(error)
+        return _Outcome(failure=str(error))
     finally:
         _exhaust(tensors)
 
@@ -130,8 +140,8 @@ def _publish(
         fleet.set_version(engines, version)
         fleet.admit(version)
     except TransferFailed as error:
-        _quarantine_culprits(fleet, engines, error)
-        raise SyncFailed(str(error)) from error
+        culprits = _quarantine_culprits(fleet, engines, error)
+        raise SyncFailed("; ".join(culprits) or str(error)) from error
     except CallFailed as error:  # the router: the engines are blameless
         raise SyncFailed(str(error)) from error
     return SyncReport(
@@ -182,24 +192,30 @@ def _compare_checksums(fleet: Fleet, engines: list[EngineHandle], sent: _Sent) -
         bad = [name for name, digest in sent.digests.items() if held.get(name) != digest]
         if bad:
             wrong[engine.url] = (
-                f"{engine.name} holds other values than were sent in {len(bad)} of "
+                f"it holds other values than were sent in {len(bad)} of "
                 f"{len(sent.digests)} tensors compared, the first is {bad[0]}"
             )
     if wrong:
         raise TransferFailed(next(iter(wrong.values())), wrong)
 
 
-def _quarantine_culprits(fleet: Fleet, engines: list[EngineHandle], error: TransferFailed) -> None:
-    """A dead engine breaks the group of all: blame the others only when nobody is dead."""
+def _quarantine_culprits(
+    fleet: Fleet, engines: list[EngineHandle], error: TransferFailed
+) -> list[str]:
+    """Whose fault it was. A dead engine breaks the group of all: others only if nobody is dead."""
     fleet.leave()
     alive = fleet.healthy(engines)
+    if len(alive) < len(engines):
+        guilty = {engine: "does not answer" for engine in engines if engine not in alive}
+    else:
+        failures = error.failures
+        guilty = {engine: failures[engine.url] for engine in engines if engine.url in failures}
     for engine in engines:
-        if engine not in alive:
-            fleet.quarantine(engine, "it does not answer any more")
-        elif len(alive) == len(engines) and engine.url in error.failures:
-            fleet.quarantine(engine, error.failures[engine.url])
+        if engine in guilty:
+            fleet.quarantine(engine, guilty[engine])
         else:
             _close_session(fleet, engine)
+    return [f"{engine.name}: {reason}" for engine, reason in guilty.items()]
 
 
 def _close_session(fleet: Fleet, engine: EngineHandle) -> None:

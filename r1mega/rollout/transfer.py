@@ -22,7 +22,6 @@ from torch.distributed.distributed_c10d import (
     _new_process_group_helper,
     _world,
 )
-from torch.distributed.rendezvous import rendezvous
 
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
@@ -100,7 +99,9 @@ class Transfer:
     def _ask_to_leave(self, url: str) -> None:
         with contextlib.suppress(CallFailed):
             control.post(
-                f"{url}/destroy_weights_update_group", {"group_name": self.name}, timeout_s=10
+                f"{url}/destroy_weights_update_group",
+                {"group_name": self.name},
+                timeout_s=min(10.0, self.timeout_s),
             )
 
 
@@ -128,7 +129,7 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
             timeout_s=_JOIN_TIMEOUT_S + 10,
         )
         try:
-            group = _join_as_rank_0(f"tcp://{host}:{port}", 1 + len(urls), name, backend, timeout_s)
+            group = _join_as_rank_0(host, port, 1 + len(urls), name, backend, timeout_s)
             broken = None
         except RuntimeError as error:
             broken = f"no group with {len(urls)} engines came about: {error}"
@@ -143,16 +144,19 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
 
 
 def _join_as_rank_0(
-    address: str, size: int, name: str, backend: str, timeout_s: float
+    host: str, port: int, size: int, name: str, backend: str, timeout_s: float
 ) -> dist.ProcessGroup:
     """As ``init_process_group`` does, but beside the default group, as the engines do it too."""
     join_timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
-    store, rank, size = next(rendezvous(address, 0, size, timeout=join_timeout))
-    store.set_timeout(join_timeout)
+    # A store of our own: rendezvous() would make us a client under torch.distributed.run, whose agent
+    # holds the learner's store.
+    store = dist.TCPStore(
+        host, port, size, is_master=True, timeout=join_timeout, wait_for_workers=False
+    )
     group: dist.ProcessGroup
     group, _ = _new_process_group_helper(
         size,
-        rank,
+        0,
         [],
         Backend(backend),
         PrefixStore(name, store),

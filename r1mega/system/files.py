@@ -28,7 +28,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_folder(path.parent)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,7 +61,7 @@ def _excerpt(line: bytes, length: int = 60) -> str:
     return repr(text if len(text) <= length else text[:length] + "...")
 
 
-def _sync_directory(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

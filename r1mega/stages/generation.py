@@ -1,0 +1,145 @@
+"""The worker's side of the rollout fleet: draw scored groups, publish weights."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1mega.algorithms.sampling import Drawer, Drawn
+from r1mega.config.derived import max_response_tokens
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.records import Prompt, Sampling
+from r1mega.rewards.compose import compose
+from r1mega.rollout.fleet import Fleet
+from r1mega.rollout.publish import publish_from_all_ranks
+from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path
+from r1mega.rollout.router import RouterClient
+from r1mega.rollout.sampler import HttpSampler
+from r1mega.stages.worker import Worker
+from r1mega.system.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """Rank 0 steers the fleet, data-parallel leaders sample and score; the rest take part."""
+
+    worker: Worker
+    drawer: Drawer
+    fleet: Fleet | None
+    stop_token_ids: tuple[int, ...]
+
+    def draw(self, prompts: list[Prompt], *, rollout: int, step: int) -> Drawn:
+        """The groups that train ``step`` and those after it in this rollout."""
+        config = self.worker.config
+        sampling = Sampling(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_tokens=max_response_tokens(config.rollout, step),
+            stop_token_ids=self.stop_token_ids,
+        )
+        seed = f"{config.seed}/rollout/{rollout}"
+        return self.drawer(prompts, config.algorithm.group_size, sampling, seed=seed)
+
+    def draw_for_evaluation(self, prompts: list[Prompt], *, step: int) -> Drawn:
+        """``stage.eval_samples`` responses of every prompt: the same seeds at every evaluation."""
+        config = self.worker.config
+        sampling = Sampling(
+            temperature=config.stage.eval_temperature,
+            top_p=config.stage.eval_top_p,
+            max_tokens=max_response_tokens(config.rollout, step),
+            stop_token_ids=self.stop_token_ids,
+        )
+        seed = f"{config.seed}/evaluation"
+        return self.drawer(prompts, config.stage.eval_samples, sampling, seed=seed)
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Send the policy to every engine as ``version``; from then on only it is accepted."""
+        config = self.worker.config
+        report = publish_from_all_ranks(
+            self.fleet,
+            self.worker.learner.hf_tensors,
+            version,
+            config.rollout.sync_bucket_mb << 20,
+            engine_timeout_s=config.rollout.engine_start_timeout_s,
+            device=self.worker.backend.device,
+        )
+        if self.drawer.sampler is not None:
+            self.drawer.sampler.expected_version = version
+        return {
+            "sync/bytes": float(report.bytes),
+            "sync/seconds": report.seconds,
+            "sync/engines": float(len(report.engines)),
+            "version": float(version),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """Kept rollouts in place of engines: trains on what was drawn before, publishes to nobody."""
+
+    folder: Path
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def open(cls, folder: str) -> "Replay":
+        return cls(folder=Path(folder), numbers=tuple(rollout_numbers(Path(folder))))
+
+    def draw(self, prompts: list[Prompt], *, rollout: int, step: int) -> Drawn:
+        """The kept rollout ``rollout``; they start over when there are fewer than asked for."""
+        number = self.numbers[rollout % len(self.numbers)]
+        return Drawn(groups=read_rollout(rollout_path(self.folder, number)), metrics={})
+
+    def draw_for_evaluation(self, prompts: list[Prompt], *, step: int) -> None:
+        """Nothing can be drawn."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        return {"version": float(version)}
+
+
+@contextmanager
+def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
+    """Connect to the engines that the launcher started; ends the reward's workers at exit."""
+    config, groups = worker.config, worker.groups
+    rollout = config.rollout
+    url = json.loads((worker.directory.fleet / "router.json").read_text())["url"]
+    sampler = reward = fleet = None
+    if groups.is_dp_leader:
+        sampler = HttpSampler(
+            url=url,
+            concurrency=rollout.concurrency,
+            timeout_s=rollout.request_timeout_s,
+            max_retries=rollout.max_retries,
+        )
+        reward = compose(config.rewards)
+    if groups.rank == 0:
+        fleet = Fleet(
+            worker.directory.fleet,
+            RouterClient(url),
+            logs=worker.directory.logs,
+            host=config.cluster.host,
+            backend=worker.backend.collective,
+            timeout_s=config.cluster.collective_timeout_s,
+            compares_checksums=rollout.engine == "embedded",
+        )
+        # The launcher registers engines as they come up; the first publish wants all of them.
+        fleet.wait_ready(rollout.engines, rollout.engine_start_timeout_s)
+    try:
+        yield Generation(
+            worker=worker,
+            drawer=Drawer(
+                groups=groups,
+                device=worker.backend.device,
+                sampler=sampler,
+                reward=reward,
+                watch=watch,
+            ),
+            fleet=fleet,
+            stop_token_ids=(load_tokenizer(config.model.tokenizer).eos_token_id,),
+        )
+    finally:
+        if reward is not None:
+            reward.close()
+        if fleet is not None:
+            fleet.leave()

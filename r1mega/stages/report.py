@@ -1,0 +1,18 @@
+"""The report of a run (``r1mega report``): report.html and the closing table."""
+
+from rich.console import Console
+
+from r1mega.config import Config
+from r1mega.run.closing import closing_table
+from r1mega.run.directory import RunDirectory
+from r1mega.run.report import write_report
+
+
+def main(config: Config) -> int:
+    """Write it from what the run has recorded so far; the exit status."""
+    directory = RunDirectory.create(config.run.root, config.name)
+    path = write_report(directory)
+    console = Console()
+    console.print(closing_table(directory))
+    console.print(f"report: {path}")
+    return 0

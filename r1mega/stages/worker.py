@@ -1,0 +1,141 @@
+"""What every learner rank opens first, and how a run is saved and continued."""
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from r1mega.config import Config
+from r1mega.config.derived import world_size
+from r1mega.learner.learner import Learner, open_learner
+from r1mega.learner.optimizer import load_optimizer_state, optimizer_state
+from r1mega.learner.schedule import learning_rate
+from r1mega.parallel.backend import Backend
+from r1mega.parallel.groups import Groups, open_groups
+from r1mega.parallel.layout import Layout
+from r1mega.run.directory import RunDirectory
+from r1mega.run.metrics import MetricsWriter
+from r1mega.run.samples import truncate_samples_after
+from r1mega.weights import checkpoint
+from r1mega.weights.checkpoint import Progress
+from r1mega.weights.slices import SliceReader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """One rank of the learner. Only rank 0 has a metrics writer."""
+
+    config: Config
+    backend: Backend
+    groups: Groups
+    directory: RunDirectory
+    learner: Learner
+    writer: MetricsWriter | None
+
+    def learning_rate(self, step: int) -> float:
+        settings = self.config.learner
+        return learning_rate(
+            step,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            warmup_steps=settings.warmup_steps,
+            total_steps=self.config.stage.steps,
+            schedule=settings.lr_schedule,
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, metrics)
+
+    def save(self, progress: Progress, reference: list[Tensor] | None) -> None:
+        """A checkpoint of everything a run needs to continue bit for bit."""
+        folder = checkpoint.save(
+            self.directory.checkpoints,
+            progress,
+            weights=self.learner.weights,
+            reference=reference,
+            optimizer=optimizer_state(self.learner.optimizer, self.learner.chunks),
+            rng=self.backend.rng_state(),
+            groups=self.groups,
+            device=self.backend.device,
+        )
+        if self.groups.rank == 0:
+            checkpoint.prune(self.directory.checkpoints, self.config.stage.keep_last)
+            logger.info("saved %s", folder)
+
+    def resume(self) -> tuple[Progress, list[Tensor] | None]:
+        """Continue from the newest whole checkpoint of this run, or start at step 0.
+
+        Returns where the run stands and a host copy of the reference policy when one was saved.
+        """
+        folder, skipped = None, list[str]()
+        if self.config.run.resume:
+            folder, skipped = checkpoint.newest(self.directory.checkpoints)
+        for reason in skipped:
+            logger.warning("skipped a checkpoint: %s", reason)
+        progress = Progress(step=0, data_position=0)
+        reference = None
+        if folder is not None:
+            progress = checkpoint.read_progress(folder)
+            reference = self._load(folder)
+            logger.info("continuing from %s", folder)
+        if self.writer is not None:
+            self.writer.truncate_after(progress.step)
+            truncate_samples_after(self.directory, progress.step)
+        return progress, reference
+
+    def _load(self, folder) -> list[Tensor] | None:  # type: ignore[no-untyped-def]
+        weights, rank = self.learner.weights, self.groups.rank
+        checkpoint.check_resumable(folder, weights)
+        reference = None
+        if (folder / checkpoint.REFERENCE).exists():
+            with SliceReader(folder / checkpoint.REFERENCE) as reader:
+                weights.fill(reader.read)
+            reference = weights.copy_to_host()
+        with SliceReader(folder) as reader:
+            weights.fill(reader.read)
+        load_optimizer_state(
+            self.learner.optimizer,
+            self.learner.chunks,
+            checkpoint.load_rank_tensors(folder, "optimizer", rank),
+        )
+        self.backend.set_rng_state(checkpoint.load_rank_tensors(folder, "rng", rank))
+        return reference
+
+
+def open_worker(config: Config, backend: Backend) -> Worker:
+    """Join the job and build this rank's learner."""
+    parallel = config.parallel
+    layout = Layout(
+        world=world_size(config.cluster),
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+        layers_in_first_stage=parallel.layers_in_first_stage,
+        layers_in_last_stage=parallel.layers_in_last_stage,
+    )
+    groups = open_groups(
+        layout, backend, timeout_s=config.cluster.collective_timeout_s, seed=config.seed
+    )
+    directory = RunDirectory.create(config.run.root, config.name)
+    temperature = config.rollout.temperature if config.stage.kind == "rl" else 1.0
+    return Worker(
+        config=config,
+        backend=backend,
+        groups=groups,
+        directory=directory,
+        learner=open_learner(
+            config.model,
+            config.learner,
+            groups,
+            backend,
+            temperature=temperature,
+            seed=config.seed,
+        ),
+        writer=MetricsWriter(directory, config.run.wandb_project) if groups.rank == 0 else None,
+    )

@@ -37,7 +37,7 @@ def learner_argv(
 
 def learner_environment(config: Config) -> dict[str, str]:
     if config.cluster.backend == "cpu":
-        return _CPU
+        return {**_CPU, **_interface(config.cluster.host)}
     devices = range(config.cluster.learner_processes_per_node)
     # Megatron overlaps communication with tensor parallel GEMMs only under one connection.
     return {**_devices(devices), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
@@ -72,7 +72,7 @@ def engine_environment(config: Config, index: int) -> dict[str, str]:
     """Engines take the GPUs after the learner's, ``gpus_per_engine`` each."""
     if config.cluster.backend == "cpu":
         sglang = {"SGLANG_USE_CPU_ENGINE": "1"} if config.rollout.engine == "sglang" else {}
-        return {**_CPU, **sglang}
+        return {**_CPU, **_interface(config.cluster.host), **sglang}
     size = config.cluster.gpus_per_engine
     first = config.cluster.learner_processes_per_node + index * size
     return {**_devices(range(first, first + size)), "PYTHONUNBUFFERED": "1"}
@@ -86,6 +86,11 @@ _CPU = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+
+
+def _interface(host: str) -> dict[str, str]:
+    """Gloo asks the host's name for an address, which on many a laptop leads nowhere."""
+    return {"GLOO_SOCKET_IFNAME": "lo"} if host.startswith("127.") else {}
 
 
 def _devices(devices: range) -> dict[str, str]:

@@ -5,6 +5,7 @@ with it, and all of it ends when we do, also when we are killed with SIGKILL.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1mega.system import keeper
+
+_SERVER_PORTS = range(10240, 16000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +108,16 @@ def last_lines(path: Path, count: int = 20) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at the moment; the next asker gets another one."""
-    with socket.socket() as server:
-        server.bind((host, 0))
-        return int(server.getsockname()[1])
+    """A port that nobody listens on at the moment; the next asker gets another one.
+
+    It lies below the ports that the system gives to outgoing connections, so that none of those
+    takes it before the server for which it is meant has started.
+    """
+    candidates = random.SystemRandom().sample(_SERVER_PORTS, 100)
+    for port in candidates:
+        if port_is_free(host, port):
+            return port
+    raise OSError(f"{host} has no free port among 100 tried in {_SERVER_PORTS}")
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -21,6 +21,7 @@ from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.router import RouterClient, router_argv
 from r1mega.system import processes
 from r1mega.system.processes import Process
+from r1mega.weights.names import hf_shapes
 
 MODEL = Model(
     num_hidden_layers=2, rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=64)
@@ -60,16 +61,22 @@ class RunningFleet:
 
     def start_engine(self, name: str, incarnation: int = 0) -> None:
         """Start an engine, wait for it and register it, as the launcher does."""
+        self.register(name, self.launch(name), incarnation)
+
+    def launch(self, name: str) -> str:
+        """Start an engine; its URL."""
         port = processes.free_port()
-        url = f"http://127.0.0.1:{port}"
         argv = [sys.executable, "-m", "r1mega.rollout.engine", "--model-path"]
         argv += [str(self.folder / "model"), "--port", str(port), "--load-format", "dummy"]
         argv += ["--max-running-requests", "8", "--context-length", "96", "--dist-timeout", "60"]
         log = self.folder / "logs" / f"{name}.log"
-        process = processes.start(argv, name=name, log=log, env=ENVIRONMENT)
-        self.engines[name] = process
+        self.engines[name] = processes.start(argv, name=name, log=log, env=ENVIRONMENT)
+        return f"http://127.0.0.1:{port}"
+
+    def register(self, name: str, url: str, incarnation: int) -> None:
+        process = self.engines[name]
         wait_until(lambda: control.answers(f"{url}/health", timeout_s=5) or not process.alive())
-        assert process.alive(), processes.last_lines(log)
+        assert process.alive(), processes.last_lines(process.log)
         entry = {"url": url, "pid": process.pid, "incarnation": incarnation}
         (self.folder / "fleet" / f"{name}.json").write_text(json.dumps(entry))
 
@@ -84,8 +91,9 @@ def running_fleet(folder: Path, num_engines: int) -> Iterator[RunningFleet]:
     router = processes.start(argv, name="router", log=folder / "logs" / "router.log")
     fleet = RunningFleet(folder=folder, router_url=f"http://127.0.0.1:{port}", router=router)
     try:
-        for index in range(num_engines):
-            fleet.start_engine(f"engine-{index}")
+        urls = {f"engine-{i}": fleet.launch(f"engine-{i}") for i in range(num_engines)}
+        for name, url in urls.items():
+            fleet.register(name, url, 0)
         wait_until(RouterClient(fleet.router_url).answers)
         yield fleet
     finally:
@@ -94,8 +102,6 @@ def running_fleet(folder: Path, num_engines: int) -> Iterator[RunningFleet]:
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """Random weights of ``MODEL`` by Hugging Face's names."""
-    from r1mega.weights.names import hf_shapes
-
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * 0.1

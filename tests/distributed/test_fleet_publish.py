@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from r1mega.rollout import control
 from r1mega.rollout.fleet import Fleet
@@ -15,8 +17,10 @@ from r1mega.rollout.publish import SyncFailed, SyncReport, digest, publish
 from r1mega.rollout.publish import publish_from_all_ranks as publish_all
 from r1mega.rollout.router import RouterClient
 from tests.distributed.fleets import RunningFleet, running_fleet, weights
+from tests.distributed.launch import run_ranks
 
 BUCKET = 50_000  # about ten buckets
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_engine_killed_between_buckets(fleet: RunningFleet, client: Fleet) -> No
     zero, one = client.engines()
     publish(client, iter(weights(1).items()), 1, BUCKET)
     stream = killing_at(20, one.pid, seed=2)
-    with pytest.raises(SyncFailed):
+    with pytest.raises(SyncFailed, match=r"^engine-1: does not answer$"):
         publish(client, stream, 2, BUCKET)
     assert next(stream, None) is None  # read to the end: other ranks produce it with us
     assert client.holding(1) == client.holding(2) == []  # half of version 2 is no version
@@ -126,6 +130,29 @@ def test_engine_killed_inside_a_broadcast(fleet: RunningFleet, client: Fleet) ->
     report = publish(client, iter(weights(2).items()), 2, BUCKET)
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
+
+
+@pytest.mark.slow
+def test_frozen_engine_costs_time_but_never_a_hang(
+    fleet: RunningFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1mega.rollout.fleet._HEALTH_TIMEOUT_S", 2.0)
+    client = fleet.client(timeout_s=2.0)
+    zero, one = client.wait_ready(2, 60)
+    publish(client, iter(weights(1).items()), 1, BUCKET)
+    stream = stopping_at(20, engine_process(one.pid), seed=2)
+    with pytest.raises(SyncFailed, match="engine-1: does not answer"):
+        publish(client, stream, 2, BUCKET)
+    report = publish(client, iter(weights(2).items()), 2, BUCKET)
+    assert report.engines == ("engine-0",)
+    assert held_by(zero.url) == digests(seed=2)
+
+
+def stopping_at(position: int, pid: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, item in enumerate(weights(seed).items()):
+        if index == position:
+            os.kill(pid, signal.SIGSTOP)
+        yield item
 
 
 def engine_process(keeper: int) -> int:
@@ -154,7 +181,7 @@ def test_engine_that_lost_bytes_is_found_by_its_checksums(
     client: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1mega.rollout.publish.digest", lambda tensor: "0" * 64)
-    with pytest.raises(SyncFailed, match="engine-0 holds other values than were sent in"):
+    with pytest.raises(SyncFailed, match="engine-0: it holds other values than were sent in"):
         publish(client, iter(weights(1).items()), 1, BUCKET)
     assert client.usable() == []
 
@@ -176,7 +203,7 @@ def test_publish_is_repeated_with_the_engines_that_are_left(
 ) -> None:
     one = client.engines()[1]
     streams = iter([killing_at(20, one.pid, seed=2), iter(weights(2).items())])
-    report = publish_all(client, lambda: next(streams), 2, BUCKET, engine_timeout_s=30)
+    report = publish_all(client, lambda: next(streams), 2, BUCKET, engine_timeout_s=30, device=CPU)
     assert isinstance(report, SyncReport)
     assert report.engines == ("engine-0",)
 
@@ -185,4 +212,46 @@ def test_no_engine_left_is_a_clear_end(fleet: RunningFleet, client: Fleet) -> No
     for name in fleet.engines:
         fleet.kill(name)
     with pytest.raises(SyncFailed, match=r"reached no engine in 3 attempts: 0 of 1 engines"):
-        publish_all(client, lambda: iter(weights(1).items()), 1, BUCKET, engine_timeout_s=0.5)
+        publish_all(
+            client, lambda: iter(weights(1).items()), 1, BUCKET, engine_timeout_s=0.5, device=CPU
+        )
+
+
+def publish_on_rank(folder: str, router_url: str, victim: int) -> list[object]:
+    """One learner rank of two: only rank 0 has tensors, and an engine dies in the first attempt."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    is_root = dist.get_rank() == 0
+    root = Path(folder)
+    client = None
+    if is_root:
+        client = Fleet(root / "fleet", RouterClient(router_url), logs=root / "logs", timeout_s=60)
+    attempts = 0
+
+    def stream() -> Iterator[tuple[str, torch.Tensor | None]]:
+        nonlocal attempts
+        attempts += 1
+        for index, (name, tensor) in enumerate(weights(2).items()):
+            if is_root and attempts == 1 and index == 20:
+                os.kill(victim, signal.SIGKILL)
+            dist.barrier()  # the stream is collective: a rank that stopped reading would hang here
+            yield name, tensor if is_root else None
+
+    report = publish_all(client, stream, 2, BUCKET, engine_timeout_s=30, device=CPU)
+    if client is not None:
+        client.leave()
+    return [attempts, report.version, list(report.engines), report.bytes]
+
+
+def test_all_learner_ranks_agree_when_a_publish_is_repeated(fleet: RunningFleet) -> None:
+    zero, one = fleet.client().wait_ready(2, 60)
+    results = run_ranks(
+        __name__,
+        "publish_on_rank",
+        world=2,
+        folder=str(fleet.folder),
+        router_url=fleet.router_url,
+        victim=one.pid,
+    )
+    num_bytes = sum(tensor.nbytes for tensor in weights(2).values())
+    assert results == [[2, 2, ["engine-0"], num_bytes]] * 2
+    assert held_by(zero.url) == digests(seed=2)

@@ -1,0 +1,109 @@
+"""Command lines and environments of a job's processes."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from r1mega.cluster import commands
+from r1mega.cluster.job import failing_rank, needs_engines
+from r1mega.config import Cluster, Config, Rollout
+
+
+def options(argv: list[str]) -> dict[str, str]:
+    return {argv[i]: argv[i + 1] for i in range(len(argv) - 1) if argv[i].startswith("--")}
+
+
+def test_embedded_engine() -> None:
+    config = Config(rollout=Rollout(context_tokens=128, max_running_requests=3))
+    argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+    assert argv[:3] == [sys.executable, "-m", "r1mega.rollout.engine"]
+    given = options(argv)
+    assert given["--model-path"] == "/m"
+    assert (given["--host"], given["--port"]) == ("127.0.0.1", "123")
+    assert given["--load-format"] == "dummy"
+    assert (given["--max-running-requests"], given["--context-length"]) == ("3", "128")
+    environment = commands.engine_environment(config, 1)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+
+
+def test_engine_model_path_is_absolute() -> None:
+    argv = commands.engine_argv(Config(), model_path=Path("runs/x/engine_model"), port=1)
+    assert options(argv)["--model-path"] == str(Path.cwd() / "runs/x/engine_model")
+
+
+def test_sglang_on_cpu() -> None:
+    rollout = Rollout(
+        engine="sglang",
+        sglang_python="/sgl/bin/python",
+        sglang_args=["--log-level", "warning"],
+        context_tokens=100,
+        max_running_requests=5,
+    )
+    config = Config(rollout=rollout)
+    argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+    assert argv[:3] == ["/sgl/bin/python", "-m", "sglang.launch_server"]
+    assert argv[-2:] == ["--log-level", "warning"]
+    given = options(argv)
+    assert (given["--device"], given["--attention-backend"]) == ("cpu", "torch_native")
+    assert given["--max-total-tokens"] == "500"
+    assert {"--sleep-on-idle", "--disable-overlap-schedule"} <= set(argv)
+    assert commands.engine_environment(config, 0)["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_sglang_on_cuda_takes_the_gpus_after_the_learners() -> None:
+    config = Config(
+        rollout=Rollout(engine="sglang", engines=2),
+        cluster=Cluster(backend="cuda", learner_processes_per_node=4, gpus_per_engine=2),
+    )
+    given = options(commands.engine_argv(config, model_path=Path("/m"), port=123))
+    assert (given["--tp-size"], given["--dtype"]) == ("2", "bfloat16")
+    assert "--device" not in given
+    assert commands.learner_environment(config)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert commands.engine_environment(config, 0)["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert commands.engine_environment(config, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+
+
+def test_learner_is_understood_by_torch_distributed_run() -> None:
+    run = pytest.importorskip("torch.distributed.run")
+    config = Config(cluster=Cluster(learner_processes_per_node=3))
+    layers = ["a.yaml", "learner.lr=1e-6"]
+    argv = commands.learner_argv(config, "rl", layers, port=29123, logs=Path("/logs"))
+    assert argv[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    parsed: argparse.Namespace = run.parse_args(argv[3:])
+    assert (parsed.nproc_per_node, parsed.nnodes, parsed.node_rank) == ("3", "1", 0)
+    assert (parsed.master_addr, parsed.master_port) == ("127.0.0.1", 29123)
+    assert (parsed.redirects, parsed.log_dir) == ("0:2,1:3,2:3", "/logs")
+    assert (parsed.module, parsed.training_script) == (True, "r1mega")
+    assert parsed.training_script_args == ["worker", "rl", *layers]
+
+
+@pytest.mark.parametrize(
+    ("verb", "replay", "needed"),
+    [("rl", None, True), ("eval", None, True), ("sft", None, False), ("rl", "kept", False)],
+)
+def test_who_needs_engines(verb: str, replay: str | None, needed: bool) -> None:
+    config = Config()
+    config = replace(config, rollout=replace(config.rollout, replay=replay))
+    assert needs_engines(verb, config) is needed
+
+
+def test_failing_rank_is_the_root_cause_of_the_newest_attempt(tmp_path: Path) -> None:
+    summary = tmp_path / "learner.log"
+    assert failing_rank(summary, tmp_path / "learner") == (None, summary)
+    summary.write_text(
+        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n"
+        "Root Cause (first observed failure):\n[0]:\n  time : x\n  rank      : 5 (local_rank: 1)\n"
+    )
+    assert failing_rank(summary, tmp_path / "learner") == (5, summary)
+    folder = tmp_path / "learner" / "none_abc" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").write_text("words")
+    (folder / "stderr.log").write_text("")
+    assert failing_rank(summary, tmp_path / "learner") == (5, folder / "stdout.log")
+    (folder / "stderr.log").write_text("Traceback")
+    assert failing_rank(summary, tmp_path / "learner") == (5, folder / "stderr.log")

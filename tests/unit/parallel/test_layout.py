@@ -1,0 +1,60 @@
+"""Layout arithmetic equals Megatron's own rank generator."""
+
+from itertools import product
+
+import pytest
+from megatron.core.parallel_state import RankGenerator
+
+from r1mega.parallel.layout import Layout, stage_layers
+
+SIZES = (1, 2, 4)
+LAYOUTS = [
+    (tp, cp, dp, pp, etp, ep)
+    for tp, cp, dp, pp, etp, ep in product(SIZES, (1, 2), SIZES, (1, 2, 3), (1, 2), SIZES)
+    if (tp * cp * dp) % (etp * ep) == 0
+]
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: "tp{}cp{}dp{}pp{}etp{}ep{}".format(*s))
+def test_groups_equal_megatrons(sizes: tuple[int, ...]) -> None:
+    tp, cp, dp, pp, etp, ep = sizes
+    layout = Layout(world=tp * cp * dp * pp, tp=tp, cp=cp, pp=pp, etp=etp, ep=ep)
+    assert (layout.dp, layout.edp) == (dp, tp * cp * dp // (etp * ep))
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
+    expert = RankGenerator(tp=etp, ep=ep, dp=layout.edp, pp=pp, cp=1, order=order)
+    for axes in ("tp", "cp", "dp", "pp", "tp-pp", "dp-cp", "tp-dp-cp", "tp-cp"):
+        assert sorted(layout.groups(*axes.split("-"))) == sorted(dense.get_ranks(axes)), axes
+    for mine, theirs in (("etp", "tp"), ("ep", "ep"), ("edp", "dp"), ("etp-ep", "tp-ep")):
+        assert sorted(layout.groups(*mine.split("-"))) == sorted(expert.get_ranks(theirs)), mine
+
+
+def test_coordinates_and_ranks_are_inverse() -> None:
+    layout = Layout(world=24, tp=2, cp=2, pp=3, ep=4)
+    for rank in range(24):
+        place = layout.coordinates(rank)
+        assert layout.rank(**{axis: place[axis] for axis in ("tp", "cp", "dp", "pp")}) == rank
+        assert layout.rank(**{axis: place[axis] for axis in ("etp", "ep", "edp", "pp")}) == rank
+
+
+def test_uneven_and_interleaved_stages() -> None:
+    uneven = stage_layers(61, 16, first=3, last=2)
+    assert [len(chunks[0]) for chunks in uneven] == [3, *[4] * 14, 2]
+    assert uneven[-1][0] == range(59, 61)
+    assert stage_layers(8, 2, vpp=2) == [
+        [range(0, 2), range(4, 6)],
+        [range(2, 4), range(6, 8)],
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"world": 6, "tp": 4}, {"world": 4, "pp": 3}, {"world": 4, "pp": 2, "ep": 4}]
+)
+def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must divide"):
+        Layout(**sizes)
+
+
+def test_layers_that_do_not_spread_are_refused() -> None:
+    with pytest.raises(ValueError, match="61 layers do not spread over 4 stages"):
+        stage_layers(61, 4)

@@ -9,12 +9,12 @@ import contextlib
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import (
     Backend,
     GroupName,
@@ -40,18 +40,20 @@ class TransferFailed(Exception):
         self.failures = failures
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
     """A joined group of engines, ready to receive buckets."""
 
-    urls: tuple[str, ...]
-    name: str
-    timeout_s: float
-    group: dist.ProcessGroup
+    def __init__(
+        self, urls: tuple[str, ...], *, name: str, timeout_s: float, group: dist.ProcessGroup
+    ) -> None:
+        self.urls = urls
+        self._name = name
+        self._timeout_s = timeout_s
+        self._group: dist.ProcessGroup | None = group
 
     def send(self, bucket: Sequence[tuple[str, Tensor]], *, version: int | None) -> None:
         """Broadcast ``bucket`` to all engines; ``version`` comes with the last one."""
-        body = _update_body(bucket, self.name, version)
+        body = _update_body(bucket, self._name, version)
         with ThreadPoolExecutor(len(self.urls)) as pool:
             answers = {url: pool.submit(self._announce, url, body) for url in self.urls}
             broken = self._broadcast([tensor for _, tensor in bucket])
@@ -65,7 +67,7 @@ class Transfer:
     def _announce(self, url: str, body: dict[str, Any]) -> str | None:
         try:
             control.post(
-                f"{url}/update_weights_from_distributed", body, timeout_s=self.timeout_s + 10
+                f"{url}/update_weights_from_distributed", body, timeout_s=self._timeout_s + 10
             )
         except CallFailed as error:
             self._ask_to_leave(url)
@@ -76,7 +78,7 @@ class Transfer:
         try:
             # all in flight at once: the latency of one, not of each
             works = [
-                dist.broadcast(tensor, src=0, group=self.group, async_op=True)
+                dist.broadcast(tensor, src=0, group=self._group, async_op=True)
                 for tensor in (tensor.contiguous() for tensor in tensors)
             ]
             for work in works:
@@ -93,15 +95,17 @@ class Transfer:
         self.close()
 
     def close(self) -> None:
-        if self.group in _world.pg_map:
-            dist.destroy_process_group(self.group)
+        """Close our connections: gloo does so only when the last reference to the group is gone."""
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def _ask_to_leave(self, url: str) -> None:
         with contextlib.suppress(CallFailed):
             control.post(
                 f"{url}/destroy_weights_update_group",
-                {"group_name": self.name},
-                timeout_s=min(10.0, self.timeout_s),
+                {"group_name": self._name},
+                timeout_s=min(10.0, self._timeout_s),
             )
 
 
@@ -136,7 +140,8 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
     failures = {url: str(failure) for url, failure in answers.result().items()}
     if broken is not None:
         raise TransferFailed(next(iter(failures.values()), broken), failures)
-    transfer = Transfer(urls=tuple(urls), name=name, timeout_s=timeout_s, group=group)
+    transfer = Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=group)
+    del group  # so that the transfer alone keeps the connections open
     if failures:
         transfer.leave()
         raise TransferFailed(next(iter(failures.values())), failures)
@@ -148,11 +153,9 @@ def _join_as_rank_0(
 ) -> dist.ProcessGroup:
     """As ``init_process_group`` does, but beside the default group, as the engines do it too."""
     join_timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
-    # A store of our own: rendezvous() would make us a client under torch.distributed.run, whose agent
-    # holds the learner's store.
-    store = dist.TCPStore(
-        host, port, size, is_master=True, timeout=join_timeout, wait_for_workers=False
-    )
+    # A store of our own: rendezvous() would make us a client under torch.distributed.run, whose
+    # agent holds the learner's store.
+    store = TCPStore(host, port, size, is_master=True, timeout=join_timeout, wait_for_workers=False)
     group: dist.ProcessGroup
     group, _ = _new_process_group_helper(
         size,

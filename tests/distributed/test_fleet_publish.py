@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.publish import SyncFailed, SyncReport, digest, publish
 from r1mega.rollout.publish import publish_from_all_ranks as publish_all
 from r1mega.rollout.router import RouterClient
-from tests.distributed.fleets import RunningFleet, running_fleet, weights
+from r1mega.rollout.transfer import _update_body
+from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
 
 BUCKET = 50_000  # about ten buckets
@@ -130,6 +133,21 @@ def test_engine_killed_inside_a_broadcast(fleet: RunningFleet, client: Fleet) ->
     report = publish(client, iter(weights(2).items()), 2, BUCKET)
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
+
+
+def test_engine_waiting_for_a_tensor_is_freed_when_we_close(client: Fleet) -> None:
+    engines = client.engines()
+    group = client.join(engines)
+    urls = [engine.url for engine in engines]
+    assert control.post_each(urls, "/begin_weight_update", [{}, {}], timeout_s=30) == {}
+    body = _update_body([("model.norm.weight", torch.zeros(64))], group._name, 1)
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(group._announce, url, body) for url in urls]
+        wait_until(lambda: all(call.running() for call in waiting))
+        time.sleep(1.0)  # long enough to be inside the broadcast
+        group.close()
+        said = [call.result(timeout=30) for call in waiting]  # the group's timeout is 60 s
+    assert all(text is not None and "broke" in text for text in said)
 
 
 @pytest.mark.slow

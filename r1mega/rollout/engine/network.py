@@ -4,8 +4,9 @@ A step is a flat list of tokens, each with its cache slot and position, of any m
 token's bits depend on its own history only, because nothing it meets has a shape that depends on
 its company:
 
-- matrix products have a multiple of ``ROWS`` (``EXPERT_ROWS`` per expert) rows, from where on the
-  bits of a row no longer depend on how many there are;
+- matrix products have a multiple of ``ROWS`` (``EXPERT_ROWS`` per expert) rows and widths that are
+  multiples of ``WIDTH``: then the bits of a row do not depend on how many there are or on its place
+  (measured with MKL, whose kernels for other shapes have row-dependent tails);
 - elementwise loops end on whole vectors, so no row falls into a scalar tail;
 - attention runs over the token's position rounded up to ``BUCKET``.
 
@@ -26,6 +27,7 @@ from r1mega.rollout.engine.weights import LayerWeights, MlpWeights, MoeWeights, 
 
 ROWS = 16
 EXPERT_ROWS = 8
+WIDTH = 4
 BUCKET = 64
 # transformers leaves the norms of the two latents at this value whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
@@ -61,6 +63,7 @@ class Network:
     """The forward of one model over one set of weights."""
 
     def __init__(self, model: Model, weights: Weights, num_positions: int) -> None:
+        _check_widths(model)
         self.model = model
         self.weights = weights
         self.latent_dim = model.kv_lora_rank + model.qk_rope_head_dim
@@ -197,6 +200,27 @@ class Network:
         weights_NK = scores_NE.gather(1, experts_NK)
         weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         return weights_NK * model.routed_scaling_factor, experts_NK
+
+
+def _check_widths(model: Model) -> None:
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+    )
+    odd = [
+        f"{name}={getattr(model, name)}" for name in names if (getattr(model, name) or 0) % WIDTH
+    ]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)}: not a multiple of {WIDTH}, so a request's bits would depend on its "
+            f"batch; use sizes that are multiples of {WIDTH}"
+        )
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -98,3 +98,23 @@ def test_names_and_shapes_are_checked_in_one_sentence(saved: Callable):
         check_names(weights, ["model.bias"], [[3]])
     with pytest.raises(ValueError, match=r"has shape \[64\] here, the update has \[3\]"):
         check_names(weights, ["model.norm.weight"], [[3]])
+
+
+def test_widths_that_would_break_batch_invariance_are_refused(saved: Callable):
+    model = replace(saved("plain").model, kv_lora_rank=10, v_head_dim=18)
+    with pytest.raises(ValueError, match="kv_lora_rank=10, v_head_dim=18: not a multiple of 4"):
+        Network(model, allocate(model), 64)
+
+
+@pytest.mark.parametrize("num_rows", [16, 48, 112])
+@pytest.mark.parametrize(("width", "num_out"), [(12, 8), (36, 12), (64, 64), (100, 4), (128, 1001)])
+def test_rows_of_matrix_products_do_not_depend_on_count_and_place(
+    num_rows: int, width: int, num_out: int
+):
+    """The property of the BLAS library on which batch invariance rests."""
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(n, width, generator=generator) for n in (160, num_out))
+    expected = torch.nn.functional.linear(x, w)
+    assert torch.equal(torch.nn.functional.linear(x[:num_rows].clone(), w), expected[:num_rows])
+    order = torch.randperm(160, generator=generator)[:num_rows]
+    assert torch.equal(torch.nn.functional.linear(x[order], w), expected[order])

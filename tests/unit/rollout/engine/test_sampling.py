@@ -43,6 +43,16 @@ def test_top_k_top_p_min_p_keep_what_they_say():
     assert set(_draws(4000, min_p=0.3)) == {0, 6, 1}  # e^-0.5, e^-1 and no other above 0.3
 
 
+def test_of_equal_tokens_the_first_are_kept():
+    flat = torch.zeros(1, 8)
+    draws = [draw(flat, [Choice(seed=3, position=i, temperature=1.0, top_k=3)]) for i in range(200)]
+    assert {drawn[0].token_id for drawn in draws} == {0, 1, 2}
+    draws = [
+        draw(flat, [Choice(seed=3, position=i, temperature=1.0, top_p=0.5)]) for i in range(200)
+    ]
+    assert {drawn[0].token_id for drawn in draws} == {0, 1, 2, 3, 4}
+
+
 def test_logprobs_are_of_the_unrestricted_distribution_at_the_temperature():
     how = Choice(seed=1, position=2, temperature=0.5, top_k=2, suppressed=(0,))
     drawn = draw(LOGITS[None], [how])[0]

@@ -1,0 +1,130 @@
+"""A checkpoint continues bit for bit, and what is wrong with one is said in a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r1mega.config import load
+from r1mega.weights import checkpoint
+from r1mega.weights.checkpoint import CheckpointError
+from tests.distributed.launch import run_ranks
+
+AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]
+ONE_RANK = ["cluster.learner_processes_per_node=1"]
+BASE = [
+    "stage.kind=sft",
+    "model.vocab_size=64",
+    "data.size=64",
+    "data.template=brief",
+    "algorithm.sequences_per_step=8",
+    "learner.lr=1e-3",
+    "learner.expert_bias_update_rate=1e-3",
+    "stage.save_every=2",
+    "stage.keep_last=9",
+]
+VOLATILE = ("time", "learner/tokens_per_s")
+
+
+def train(layers: list[str]) -> None:
+    """Runs on every rank."""
+    from r1mega.config import load
+    from r1mega.parallel.backend import open_backend
+
+    config = load(layers)
+    backend = open_backend("cpu")
+    from r1mega.stages import sft
+
+    assert sft.main(config, backend) == 0
+
+
+def run(root: Path, *more: str, axes: list[str] = ONE_RANK) -> Path:
+    layers = [*BASE, *axes, f"run.root={root}", *more]
+    world = load(layers).cluster.learner_processes_per_node
+    run_ranks(__name__, "train", world=world, layers=layers)
+    return root / "run"
+
+
+def facts(run_folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_equals_uninterrupted_bit_for_bit(precision: str, tmp_path: Path) -> None:
+    key = f"learner.precision={precision}"
+    straight = run(tmp_path / "a", key, "stage.steps=4", axes=AXES)
+    run(tmp_path / "b", key, "stage.steps=2", axes=AXES)
+    resumed = run(tmp_path / "b", key, "stage.steps=4", axes=AXES)
+    assert facts(resumed) == facts(straight)
+    assert len(facts(straight)) == 4
+    last = "checkpoints/step_000004"
+    assert digests(resumed / last) == digests(straight / last)
+    assert digests(resumed / last) != digests(resumed / "checkpoints/step_000002")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank with checkpoints at steps 2 and 4."""
+    return run(tmp_path_factory.mktemp("finished"), "learner.precision=fp32", "stage.steps=4")
+
+
+def test_another_layout_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:
+    """The first loss under tp2 pp2 ep2 is the loss one rank would have had."""
+    init = f"model.init={finished / 'checkpoints/step_000004'}"
+    one = facts(run(tmp_path / "one", init, "learner.precision=fp32", "stage.steps=1"))
+    four = facts(run(tmp_path / "four", init, "learner.precision=fp32", "stage.steps=1", axes=AXES))
+    assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert four[0]["learner/grad_norm"] == pytest.approx(one[0]["learner/grad_norm"], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints", copy)
+    shard = copy / "step_000004" / "weights-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1  # one flipped bit in the last tensor
+    shard.write_bytes(data)
+    folder, skipped = checkpoint.newest(copy)
+    assert folder == copy / "step_000002"
+    assert len(skipped) == 1
+    assert "weights-00000.safetensors is damaged" in skipped[0]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer-00000.safetensors"])
+def test_a_checkpoint_with_a_missing_file_is_not_whole(
+    name: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "step_000004"
+    shutil.copytree(finished / "checkpoints/step_000004", folder)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.verify(folder)
+
+
+def test_what_a_kill_leaves_behind_is_not_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints/step_000002", tmp_path / ".step_000002.partial")
+    assert checkpoint.newest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("axes", "more", "sentence"),
+    [
+        (ONE_RANK, "model.hidden_size=32", "is a checkpoint of another model: hidden_size was 64, is 32"),
+        (AXES, "seed=1", "was written under another layout .world was 1, is 4"),
+    ],
+    ids=["another model", "another layout"],
+)
+def test_resume_refuses(
+    axes: list[str], more: str, sentence: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(AssertionError, match=sentence):
+        run(tmp_path, "learner.precision=fp32", "stage.steps=5", more, axes=axes)

@@ -60,16 +60,21 @@ class SliceReader:
     ) -> None:
         self._stack.close()
 
-    def read(self, name: str, shape: tuple[int, ...], region: Region) -> Tensor:
-        """``name[region]`` in the dtype it is stored in; ``shape`` is what the model expects."""
+    def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The stored tensor ``name``, if it has the ``shape`` that the model expects."""
         stored = self.tensors.get(name)
         if stored is None:
             raise ValueError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of another model?")
         if stored.shape != shape:
             raise ValueError(
                 f"{self.folder}: {name} has shape {list(stored.shape)} but the model wants "
-                f"{list(shape)}; the checkpoint and config.model differ"
+                f"{list(shape)}: it is a checkpoint of another model"
             )
+        return stored
+
+    def read(self, name: str, shape: tuple[int, ...], region: Region) -> Tensor:
+        """``name[region]`` in the dtype it is stored in; ``shape`` is what the model expects."""
+        stored = self.check(name, shape)
         out: Tensor | None = None
         covered = 0
         for piece in stored.pieces:

@@ -1,0 +1,40 @@
+"""What can be known to fail before any process starts: data, tokenizer and initial weights."""
+
+from pathlib import Path
+
+from r1mega.cluster.errors import JobFailed
+from r1mega.config.schema import Config, Model
+from r1mega.data.documents import load_documents
+from r1mega.data.prompts import load_prompts
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.weights.names import hf_shapes
+from r1mega.weights.slices import SliceReader
+
+
+def check_inputs(verb: str, config: Config) -> None:
+    """Raises JobFailed with the sentence that a learner rank would have ended with later."""
+    try:
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"tokenizer {config.model.tokenizer!r} has {tokenizer.vocab_size} tokens but "
+                f"model.vocab_size={config.model.vocab_size}: raise it, or choose the model's tokenizer"
+            )
+        if verb == "sft":
+            load_documents(config.data, tokenizer, config.seed)
+        elif config.rollout.replay is None:
+            load_prompts(config.data, tokenizer, config.seed)
+        if config.model.init != "random":
+            _check_weights(Path(config.model.init), config.model)
+    except (ValueError, OSError) as error:
+        raise JobFailed(str(error)) from error
+
+
+def _check_weights(folder: Path, model: Model) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"model.init={folder} is not there: run the stage that writes it first, or correct the path"
+        )
+    with SliceReader(folder) as reader:
+        for name, shape in hf_shapes(model).items():
+            reader.check(name, shape)

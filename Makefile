@@ -20,9 +20,7 @@ help:  ## print this list
 smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this machine's CPUs; report.html
 	rm -rf runs/smoke runs/smoke_base
 	$(BIN)/r1mega sft configs/smoke/base.yaml seed=$(SEED)
-	$(BIN)/r1mega eval configs/smoke/r1_zero.yaml seed=$(SEED)
-	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)
-	$(BIN)/r1mega eval configs/smoke/r1_zero.yaml seed=$(SEED)
+	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)  # evaluates before, during and after
 	$(BIN)/r1mega report configs/smoke/r1_zero.yaml seed=$(SEED)
 
 test: $(READY)  ## every test that needs no GPU

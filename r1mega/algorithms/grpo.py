@@ -117,7 +117,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "response/length_max": float(max(lengths)),
         "response/truncated": fmean(cut),
         "prompt/length_mean": fmean(len(group.prompt.token_ids) for group in groups),
-        "advantage/uniform_groups": fmean(uniform),
+        "advantage/uniform": fmean(uniform),
     }
 
 

@@ -48,7 +48,9 @@ class ClippedSurrogate:
             log_ratio_R = _sum_per_sequence(log_ratio_R, batch).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         rho_R = log_ratio_R.exp()
         clipped_R = rho_R.clamp(1 - self.clip_low, 1 + self.clip_high)
-        gain_R = torch.minimum(rho_R * batch.advantage_R, clipped_R * batch.advantage_R)
+        unclipped_gain_R = rho_R * batch.advantage_R
+        gain_R = torch.minimum(unclipped_gain_R, clipped_R * batch.advantage_R)
+        is_clipped_R = gain_R < unclipped_gain_R
         mismatch_R = policy_R - batch.sampler_logprobs_R
         if self.importance_cap is not None:
             gain_R = gain_R * mismatch_R.exp().clamp(max=self.importance_cap)
@@ -63,7 +65,7 @@ class ClippedSurrogate:
                 "policy/entropy": (weight_R * entropies_R).sum(),
                 "policy/kl": (weight_R * kl_R.detach()).sum(),
                 "policy/ratio_mean": (weight_R * rho_R).sum(),
-                "policy/clip_fraction": (weight_R * (clipped_R.detach() != rho_R)).sum(),
+                "policy/clip_fraction": (weight_R * is_clipped_R).sum(),
                 "mismatch/kl": (weight_R * k3(batch.sampler_logprobs_R, policy_R)).sum(),
             },
             maxima={"policy/ratio_max": _max(rho_R), "mismatch/max": _max(mismatch_R.abs())},

@@ -102,9 +102,7 @@ class Drawer:
         )
 
 
-def share(
-    requests: list[SampleRequest], dp_rank: int, dp_size: int
-) -> list[SampleRequest]:
+def share(requests: list[SampleRequest], dp_rank: int, dp_size: int) -> list[SampleRequest]:
     """A leader's contiguous part: shares differ by one request at most."""
     bounds = [len(requests) * rank // dp_size for rank in (dp_rank, dp_rank + 1)]
     return requests[bounds[0] : bounds[1]]

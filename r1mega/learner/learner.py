@@ -56,9 +56,7 @@ class Learner:
             chunk_tokens=self.settings.logprob_chunk_tokens,
         )
         metrics = self._reduce(outputs)
-        grad_norm = apply_gradients(
-            self.optimizer, lr=lr, weight_decay=self.settings.weight_decay
-        )
+        grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
         seconds = time.perf_counter() - started
         return metrics | {
             "learner/grad_norm": grad_norm,
@@ -110,9 +108,7 @@ class Learner:
             tokens_per_microbatch=self.settings.tokens_per_microbatch,
         )[self.groups.place["dp"]]
         return [
-            make_microbatch(
-                batch.sequences, part, multiple=layout.tp, device=self.backend.device
-            )
+            make_microbatch(batch.sequences, part, multiple=layout.tp, device=self.backend.device)
             for part in parts
         ]
 

@@ -66,9 +66,7 @@ def apply_gradients(optimizer: Any, *, lr: float, weight_decay: float) -> float:
     return float(grad_norm)
 
 
-def optimizer_state(
-    optimizer: Any, chunks: Sequence[DistributedDataParallel]
-) -> dict[str, Tensor]:
+def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> dict[str, Tensor]:
     """This rank's ungathered part: per parameter its flat range, fp32 weights and moments.
 
     Keys are ``<chunk>/<parameter>/<exp_avg | exp_avg_sq | param | step | range>``.

@@ -20,7 +20,9 @@ def pack(lengths: list[int], *, dp: int, tokens_per_microbatch: int) -> list[lis
     count = dp * max(1, ceil(sum(lengths) / (tokens_per_microbatch * dp)))
     while True:
         bins = _spread(order, lengths, count)
-        if all(len(b) == 1 or sum(lengths[i] for i in b) <= tokens_per_microbatch for b in bins if b):
+        if all(
+            len(b) == 1 or sum(lengths[i] for i in b) <= tokens_per_microbatch for b in bins if b
+        ):
             break
         count += dp
     bins.sort(key=lambda b: (-sum(lengths[i] for i in b), b))

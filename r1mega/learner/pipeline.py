@@ -34,7 +34,9 @@ class LossOutput:
 class Loss(Protocol):
     """Log-probs (with gradient) and entropies of a microbatch's targets [R] to its loss."""
 
-    def __call__(self, logprobs_R: Tensor, entropies_R: Tensor, batch: Microbatch) -> LossOutput: ...
+    def __call__(
+        self, logprobs_R: Tensor, entropies_R: Tensor, batch: Microbatch
+    ) -> LossOutput: ...
 
 
 def run_pipeline(
@@ -92,6 +94,8 @@ def _finish(
     if loss is None:
         return output_2R.sum() * 0.0, no_tokens, logprobs_R.detach()
     result = loss(logprobs_R, entropies_R.detach(), microbatch)
-    return result.loss, no_tokens, LossOutput(
-        loss=result.loss.detach(), sums=result.sums, maxima=result.maxima
+    return (
+        result.loss,
+        no_tokens,
+        LossOutput(loss=result.loss.detach(), sums=result.sums, maxima=result.maxima),
     )

@@ -56,7 +56,9 @@ class CoreAttention(torch.nn.Module):
         rows, width = _padded_rows(packed_seq_params)
         padded = [_pad(x, rows, width) for x in (query, key, value)]
         # Right padding behind a causal mask: no real token sees a padded one.
-        out_BNSD = functional.scaled_dot_product_attention(*padded, is_causal=True, scale=self.scale)
+        out_BNSD = functional.scaled_dot_product_attention(
+            *padded, is_causal=True, scale=self.scale
+        )
         out = out_BNSD.transpose(1, 2).flatten(0, 1)[rows]
         return out.reshape(num_tokens, 1, -1)
 

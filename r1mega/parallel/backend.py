@@ -42,7 +42,9 @@ def open_backend(kind: Literal["cpu", "cuda"]) -> Backend:
         torch.set_num_threads(1)  # a second thread per rank costs more than it brings
         return Backend(device=torch.device("cpu"), collective="gloo")
     if not torch.cuda.is_available():
-        raise ValueError("cluster.backend is cuda but no CUDA device is visible; use cluster.backend=cpu")
+        raise ValueError(
+            "cluster.backend is cuda but no CUDA device is visible; use cluster.backend=cpu"
+        )
     # Overlap of tensor-parallel communication with GEMMs needs one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

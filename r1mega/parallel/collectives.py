@@ -11,14 +11,18 @@ from torch.distributed import ProcessGroup
 T = TypeVar("T")
 
 
-def sum_floats(values: dict[str, float], group: ProcessGroup, device: torch.device) -> dict[str, float]:
+def sum_floats(
+    values: dict[str, float], group: ProcessGroup, device: torch.device
+) -> dict[str, float]:
     """Sum of every value over the group; all ranks must hold the same keys."""
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def broadcast_record(value: T | None, type_: Any, *, source: int, group: ProcessGroup, device: torch.device) -> T:
+def broadcast_record(
+    value: T | None, type_: Any, *, source: int, group: ProcessGroup, device: torch.device
+) -> T:
     """The record of global rank ``source`` on every rank of the group."""
     payload = msgspec.msgpack.encode(value) if dist.get_rank() == source else b""
     size = torch.tensor([len(payload)], dtype=torch.int64, device=device)

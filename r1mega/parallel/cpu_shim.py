@@ -59,12 +59,17 @@ def install() -> None:
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
+    _existing(owner, name)
+    setattr(owner, name, new)
+
+
+def _existing(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
         raise RuntimeError(
             f"the CPU shim replaces {getattr(owner, '__name__', owner)}.{name}, which does not exist: "
             "this torch or megatron-core is not the pinned one (see pyproject.toml)"
         )
-    setattr(owner, name, new)
+    return getattr(owner, name)
 
 
 def _patch_cuda() -> None:
@@ -92,7 +97,7 @@ def _patch_factories() -> None:
     """Literals ``device="cuda"`` in masks, schedules, clip_grads and the optimizer; pinned memory."""
     names = "empty zeros ones full tensor arange as_tensor empty_like zeros_like ones_like"
     for name in names.split():
-        _replace(torch, name, _on_cpu(getattr(torch, name)))
+        _replace(torch, name, _on_cpu(_existing(torch, name)))
     _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)
 
 
@@ -168,13 +173,15 @@ def _define_missing_te_names(moe_utils: ModuleType) -> None:
         if hasattr(moe_utils, name):
             continue
         if name not in source:
-            raise RuntimeError(f"the CPU shim defines moe_utils.{name}, which nothing reads any more")
+            raise RuntimeError(
+                f"the CPU shim defines moe_utils.{name}, which nothing reads any more"
+            )
         setattr(moe_utils, name, None)
 
 
 def _patch_dispatcher(token_dispatcher: ModuleType) -> None:
     """all_to_all_single takes split sizes as ints; upstream converts CUDA tensors only."""
-    original = token_dispatcher.maybe_move_tensor_to_cpu
+    original = _existing(token_dispatcher, "maybe_move_tensor_to_cpu")
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if isinstance(tensor, Tensor) and as_numpy:
@@ -186,8 +193,8 @@ def _patch_dispatcher(token_dispatcher: ModuleType) -> None:
 
 def _patch_uneven_collectives(mappings: ModuleType) -> None:
     """gloo has no uneven all-gather and reduce-scatter (the all-to-all dispatcher with etp > 1)."""
-    gather_even = mappings._gather_along_first_dim
-    scatter_even = mappings._reduce_scatter_along_first_dim
+    gather_even = _existing(mappings, "_gather_along_first_dim")
+    scatter_even = _existing(mappings, "_reduce_scatter_along_first_dim")
 
     def gather(
         input_: Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, *rest: Any

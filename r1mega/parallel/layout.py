@@ -73,7 +73,9 @@ class Layout:
         varying = [axis for axis in slowest_first if axis in axes]
         return [
             [
-                self.rank(**dict(zip(fixed, at, strict=True)), **dict(zip(varying, step, strict=True)))
+                self.rank(
+                    **dict(zip(fixed, at, strict=True)), **dict(zip(varying, step, strict=True))
+                )
                 for step in product(*(range(self.size(axis)) for axis in varying))
             ]
             for at in product(*(range(self.size(axis)) for axis in fixed))
@@ -115,7 +117,12 @@ def stage_layers(
         counts[-1] = last
     open_stages = counts.count(None)
     fixed = sum(count for count in counts if count is not None)
-    if open_stages and (num_layers - fixed) % open_stages or not open_stages and fixed != num_layers:
+    if (
+        open_stages
+        and (num_layers - fixed) % open_stages
+        or not open_stages
+        and fixed != num_layers
+    ):
         raise ValueError(
             f"{num_layers} layers do not spread over {pp} stages with first={first} and last={last}: "
             f"{num_layers - fixed} layers remain for {open_stages} stages"

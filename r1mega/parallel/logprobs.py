@@ -81,7 +81,9 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
     return (hidden_CH @ weight_VH.T).float() / temperature
 
 
-def _local_targets(targets_C: Tensor, vocab_slice: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def _local_targets(
+    targets_C: Tensor, vocab_slice: int, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """Targets as columns of this rank's slice, and 1.0 where the target is ours."""
     local_C = targets_C - group.rank() * vocab_slice
     mine_C = (local_C >= 0) & (local_C < vocab_slice)

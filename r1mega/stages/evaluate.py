@@ -57,10 +57,8 @@ def evaluation_metrics(groups: Sequence[Group], max_error_fraction: float) -> di
     k = min(len(correct_K) for correct_K in correct_PK)
     return {
         "eval/pass@1": pass_at_1(correct_PK),
-        "eval/pass@k": pass_at_k(correct_PK, k),
-        "eval/cons@k": cons_at_k(answers_PK, correct_PK),
-        "eval/k": float(k),
-        "eval/prompts": float(len(correct_PK)),
+        f"eval/pass@{k}": pass_at_k(correct_PK, k),
+        f"eval/cons@{k}": cons_at_k(answers_PK, correct_PK),
         "eval/length_mean": sum(lengths) / len(lengths),
     }
 

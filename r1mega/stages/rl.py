@@ -77,7 +77,8 @@ def _rollout(
     drawn = source.draw(
         [prompts.train[i] for i in chosen], rollout=progress.rollout, step=progress.step
     )
-    row = drawn.metrics | _group_metrics(drawn.groups, config.rewards.max_error_fraction)
+    row = {"version": float(progress.version)} | drawn.metrics
+    row |= _group_metrics(drawn.groups, config.rewards.max_error_fraction)
     _keep(worker, progress, drawn.groups)
     progress = replace(
         progress, data_position=progress.data_position + count, rollout=progress.rollout + 1

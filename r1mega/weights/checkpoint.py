@@ -81,7 +81,9 @@ def save(
     if errors := [r.error for r in reports if r.error]:
         if groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} was not written: {errors[0]}; the run's last checkpoint stands")
+        raise CheckpointError(
+            f"{folder} was not written: {errors[0]}; the run's last checkpoint stands"
+        )
     if groups.rank == 0:
         _commit(partial, folder, progress, weights, reference is not None, reports)
     dist.barrier(groups.world)

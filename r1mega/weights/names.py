@@ -186,7 +186,12 @@ def rows(model: schema.Model) -> list[Row]:
             _MG + "mlp.experts.local_experts.{local_expert}",
             lambda m: m.moe_intermediate_size,
         ),
-        Row("last", "model.norm.weight", "decoder.final_layernorm.weight", lambda m: (m.hidden_size,)),
+        Row(
+            "last",
+            "model.norm.weight",
+            "decoder.final_layernorm.weight",
+            lambda m: (m.hidden_size,),
+        ),
         Row(
             "last",
             "lm_head.weight",

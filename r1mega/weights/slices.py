@@ -56,7 +56,10 @@ class SliceReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -64,7 +67,9 @@ class SliceReader:
         """The stored tensor ``name``, if it has the ``shape`` that the model expects."""
         stored = self.tensors.get(name)
         if stored is None:
-            raise ValueError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of another model?")
+            raise ValueError(
+                f"{self.folder}: no tensor {name!r}; is this a checkpoint of another model?"
+            )
         if stored.shape != shape:
             raise ValueError(
                 f"{self.folder}: {name} has shape {list(stored.shape)} but the model wants "
@@ -87,7 +92,9 @@ class SliceReader:
             out[_indices(overlap, region)] = part
             covered += part.numel()
         if out is None or covered != out.numel():
-            raise ValueError(f"{self.folder}: {name}{list(region)} is stored only in part; copy it anew")
+            raise ValueError(
+                f"{self.folder}: {name}{list(region)} is stored only in part; copy it anew"
+            )
         return out
 
     def _open_index(self) -> dict[str, StoredTensor]:
@@ -136,9 +143,7 @@ def read_checkpoint_index(folder: Path) -> dict[str, StoredTensor]:
 
 def intersect(a: Region, b: Region) -> Region | None:
     """The rectangle two regions of one tensor share, or None."""
-    both = tuple(
-        (max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True)
-    )
+    both = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
 
 

@@ -18,12 +18,15 @@ from r1mega.system.processes import free_port
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(module: str, function: str, *, world: int, timeout_s: float = 240.0, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    module: str, function: str, *, world: int, timeout_s: float = 240.0, **kwargs: Any
+) -> list[Any]:
     """What ``module.function(**kwargs)`` returned on every rank."""
     with TemporaryDirectory() as folder:
         port = str(free_port("127.0.0.1"))
         ranks = [
-            _start(module, function, kwargs, rank, world, port, Path(folder)) for rank in range(world)
+            _start(module, function, kwargs, rank, world, port, Path(folder))
+            for rank in range(world)
         ]
         try:
             _wait(ranks, Path(folder), timeout_s)
@@ -50,7 +53,15 @@ def _start(
     }
     with (folder / f"{rank}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, module, function, json.dumps(kwargs), str(folder)],
+            [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                module,
+                function,
+                json.dumps(kwargs),
+                str(folder),
+            ],
             env=env,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -117,7 +117,11 @@ def test_what_a_kill_leaves_behind_is_not_a_checkpoint(finished: Path, tmp_path:
 @pytest.mark.parametrize(
     ("axes", "more", "sentence"),
     [
-        (ONE_RANK, "model.hidden_size=32", "is a checkpoint of another model: hidden_size was 64, is 32"),
+        (
+            ONE_RANK,
+            "model.hidden_size=32",
+            "is a checkpoint of another model: hidden_size was 64, is 32",
+        ),
         (AXES, "seed=1", "was written under another layout .world was 1, is 4"),
     ],
     ids=["another model", "another layout"],

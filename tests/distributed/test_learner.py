@@ -58,7 +58,9 @@ def expected_logprobs(network: Any) -> list[list[float]]:
     for s in tiny.random_batch().sequences:
         with torch.no_grad():
             table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
-        rows.append([table[s.start - 1 + i, t].item() for i, t in enumerate(s.token_ids[s.start :])])
+        rows.append(
+            [table[s.start - 1 + i, t].item() for i, t in enumerate(s.token_ids[s.start :])]
+        )
     return rows
 
 

@@ -25,7 +25,9 @@ MODEL = schema.Model(
     max_position_embeddings=320,
     rope_scaling=schema.RopeScaling(factor=40.0, original_max_position_embeddings=8),
 )
-SETTINGS = schema.Learner(precision="fp32", lr=1e-3, tokens_per_microbatch=64, logprob_chunk_tokens=16)
+SETTINGS = schema.Learner(
+    precision="fp32", lr=1e-3, tokens_per_microbatch=64, logprob_chunk_tokens=16
+)
 
 
 def tiny_learner(
@@ -67,8 +69,12 @@ def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 
                 weight=1.0 / (num_sequences * n),
                 advantage=floats(1)[0],
                 sampler_logprobs=tuple(logprobs),
-                policy_logprobs=tuple(p + 0.05 * x for p, x in zip(logprobs, floats(n), strict=True)),
-                reference_logprobs=tuple(p + 0.2 * x for p, x in zip(logprobs, floats(n), strict=True)),
+                policy_logprobs=tuple(
+                    p + 0.05 * x for p, x in zip(logprobs, floats(n), strict=True)
+                ),
+                reference_logprobs=tuple(
+                    p + 0.2 * x for p, x in zip(logprobs, floats(n), strict=True)
+                ),
             )
         )
     return Batch(sequences=tuple(sequences))

@@ -98,5 +98,5 @@ def test_rollout_metrics() -> None:
         "response/length_max": 8.0,
         "response/truncated": 0.25,
         "prompt/length_mean": 3.0,
-        "advantage/uniform_groups": 0.5,
+        "advantage/uniform": 0.5,
     }

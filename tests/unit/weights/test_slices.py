@@ -44,7 +44,9 @@ def test_reads_a_rectangle(folder: Path, region: tuple[tuple[int, int], ...]) ->
 def test_says_what_is_wrong(folder: Path) -> None:
     whole = ((0, 6), (0, 8))
     with SliceReader(folder) as reader:
-        with pytest.raises(ValueError, match="no tensor 'u'; is this a checkpoint of another model"):
+        with pytest.raises(
+            ValueError, match="no tensor 'u'; is this a checkpoint of another model"
+        ):
             reader.read("u", (6, 8), whole)
         with pytest.raises(ValueError, match=r"t has shape \[6, 8\] but the model wants \[8, 6\]"):
             reader.read("t", (8, 6), whole)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.rendezvous import rendezvous
 
 from r1mega.rollout.engine.weights import Weights, check_names, load
 
@@ -32,9 +31,10 @@ def join_group(
     every trainer that feeds it do the same, so the keys in the store agree.
     """
     timeout = timedelta(seconds=timeout_s)
-    url = f"tcp://{address}:{port}"
-    store, _, _ = next(rendezvous(url, rank, world_size, timeout=timeout))
-    store.set_timeout(timeout)
+    # Not rendezvous(): under torch.distributed.run it would look for the agent's store instead.
+    store = dist.TCPStore(
+        address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
+    )
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,

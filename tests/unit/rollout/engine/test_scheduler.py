@@ -35,7 +35,9 @@ def test_logprobs_equal_transformers(
         torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+)
 def test_tokens_and_logprob_bits_ignore_company(
     saved: Callable, scheduler_of: Callable, submit: Callable, run_all: Callable, seed: int
 ):

@@ -34,10 +34,10 @@ class Mixture:
     """
 
     conversations: float = 0.5
-    reasoned: float = 0.25
+    reasoned: float = 0.22
     plain: float = 0.05
     direct_right: float = 0.1
-    step_right: float = 0.99
+    step_right: float = 0.995
 
 
 @dataclass(frozen=True, slots=True)

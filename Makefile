@@ -49,9 +49,11 @@ $(READY): pyproject.toml
 	  echo "r1mega needs Python 3.11 or newer, and $(PYTHON) is older or missing:" \
 	    "apt-get install python3.11 python3.11-venv (as root), then make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  test "$$(id -u)" = 0 && apt-get install --yes --quiet python3-venv; } || { \
 	  echo "$(PYTHON) has no venv module: apt-get install python3-venv (as root), then make again"; \
 	  exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable .[dev]
+	$(BIN)/python tests/fetch_sglang_schema.py
 	@touch $@

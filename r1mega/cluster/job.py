@@ -19,6 +19,7 @@ from types import FrameType
 from r1mega.cluster import commands
 from r1mega.cluster.engines import Engines
 from r1mega.cluster.errors import JobFailed
+from r1mega.cluster.preflight import check_inputs
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
@@ -40,6 +41,7 @@ def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     """Run one stage on this machine; the exit code of the learner, or 1 with a sentence."""
     try:
         _check_ports(config)
+        check_inputs(verb, config)
         directory = RunDirectory.create(config.run.root, config.name)
         with _locked(directory), _signals_end_us():
             return _Job(verb, config, layers, directory).run()

@@ -170,7 +170,7 @@ class Data:
     size: int = 4096
     """Number of generated prompts or documents (arithmetic only)."""
     difficulty: int = 4
-    """Operands per generated problem, at most (arithmetic only)."""
+    """Terms per generated problem, at most: 3 to 9 (arithmetic only)."""
     max_prompt_tokens: int = 1024
     """Longer prompts are an error at load."""
 

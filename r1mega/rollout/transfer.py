@@ -8,7 +8,7 @@ leave it when a broadcast breaks: either way the closed connections end everybod
 import contextlib
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -124,28 +124,29 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
         }
         for index in range(len(urls))
     ]
-    with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(
-            control.post_each,
-            urls,
-            "/init_weights_update_group",
-            bodies,
-            timeout_s=_JOIN_TIMEOUT_S + 10,
+    pool = ThreadPoolExecutor(1 + len(urls))
+    joined = pool.submit(_join_as_rank_0, host, port, 1 + len(urls), name, backend, timeout_s)
+    answers = {
+        url: pool.submit(
+            control.post, f"{url}/init_weights_update_group", body, timeout_s=_JOIN_TIMEOUT_S + 10
         )
-        try:
-            group = _join_as_rank_0(host, port, 1 + len(urls), name, backend, timeout_s)
-            broken = None
-        except RuntimeError as error:
-            broken = f"no group with {len(urls)} engines came about: {error}"
-    failures = {url: str(failure) for url, failure in answers.result().items()}
-    if broken is not None:
-        raise TransferFailed(next(iter(failures.values()), broken), failures)
-    transfer = Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=group)
-    del group  # so that the transfer alone keeps the connections open
-    if failures:
-        transfer.leave()
-        raise TransferFailed(next(iter(failures.values())), failures)
-    return transfer
+        for url, body in zip(urls, bodies, strict=True)
+    }
+    # An engine that refuses leaves us waiting for it in the join: the first failure ends the wait,
+    # and the threads that still wait end by their timeouts.
+    pending: list[Future[Any]] = [joined, *answers.values()]
+    wait(pending, return_when=FIRST_EXCEPTION)
+    pool.shutdown(wait=False)
+    failures = {url: str(e) for url, answer in answers.items() if (e := _failure_of(answer))}
+    broken = _failure_of(joined)
+    if failures or broken is not None:
+        summary = f"no group with {len(urls)} engines: {broken}"
+        raise TransferFailed(next(iter(failures.values()), summary), failures)
+    return Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=joined.result())
+
+
+def _failure_of(future: "Future[Any]") -> BaseException | None:
+    return future.exception() if future.done() else None
 
 
 def _join_as_rank_0(

@@ -18,7 +18,7 @@ from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.publish import SyncFailed, SyncReport, digest, publish
 from r1mega.rollout.publish import publish_from_all_ranks as publish_all
 from r1mega.rollout.router import RouterClient
-from r1mega.rollout.transfer import _update_body
+from r1mega.rollout.transfer import TransferFailed, _update_body
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
 
@@ -133,6 +133,15 @@ def test_engine_killed_inside_a_broadcast(fleet: RunningFleet, client: Fleet) ->
     report = publish(client, iter(weights(2).items()), 2, BUCKET)
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
+
+
+@pytest.mark.timeout(50)  # less than the minute that rank 0 waits for engines to join
+def test_engine_that_refuses_to_join_costs_no_wait(fleet: RunningFleet, client: Fleet) -> None:
+    zero, one = client.engines()
+    fleet.kill("engine-1")
+    with pytest.raises(TransferFailed, match="did not answer") as failure:
+        client.join([zero, one])
+    assert list(failure.value.failures) == [one.url]
 
 
 def test_engine_waiting_for_a_tensor_is_freed_when_we_close(client: Fleet) -> None:

@@ -12,11 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from r1mega.config import Config, ConfigError, load
+from r1mega.system.processes import SENTENCE
 
 if TYPE_CHECKING:
     from r1mega.parallel.backend import Backend
 
 Verb = Callable[[list[str]], int]
+
+_RANK = "RANK"  # set by torch.distributed.run
+
+logger = logging.getLogger(__name__)
 
 _EPILOG = """\
 layers, left to right over the defaults:
@@ -37,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(arguments.layers)
     except ConfigError as error:
-        sys.stderr.write(f"r1mega: {error}\n")
+        sys.stderr.write(f"{SENTENCE}{error}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if _RANK in os.environ:  # a rank's log keeps the place, above the sentence
+            logger.error("this rank ends", exc_info=True)
+        sys.stderr.write(f"{SENTENCE}{error}\n")
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +84,7 @@ def _add(
 
 def _start_logging() -> None:
     """Once per process; torch.distributed.run sets RANK on the learner's ranks."""
-    rank = os.environ.get("RANK")
+    rank = os.environ.get(_RANK)
     who = "launcher" if rank is None else f"rank {rank}"
     logging.basicConfig(
         level=logging.INFO,

@@ -27,7 +27,7 @@ from r1mega.model.hf_config import hf_config
 from r1mega.rollout.router import RouterClient, router_argv
 from r1mega.run.directory import RunDirectory
 from r1mega.system import files, processes
-from r1mega.system.processes import Process
+from r1mega.system.processes import SENTENCE, Process
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +209,8 @@ def _dtype(config: Config) -> str:
 
 
 def _failure_text(message: str, log_path: Path | None) -> str:
-    if log_path is None:
-        return f"r1mega: {message}\n"
-    return f"r1mega: {message}; the end of {log_path}:\n{processes.last_lines(log_path)}\n"
+    details = "" if log_path is None else f": {processes.last_words(log_path)}"
+    return f"{SENTENCE}{message}{details}\n"
 
 
 @contextmanager

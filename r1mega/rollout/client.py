@@ -20,7 +20,7 @@ class AttemptFailed(Exception):
     """This attempt brought no sample; another one may."""
 
 
-class BadExchange(Exception):
+class BadExchange(RuntimeError):
     """The engine refused the request or answered outside the protocol: trying again is no use."""
 
 

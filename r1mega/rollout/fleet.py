@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S = 20.0  # SGLang generates a token behind a sleep of one second
 
 
-class FleetNotReady(Exception):
+class FleetNotReady(RuntimeError):
     """One sentence: which engines did not come up, and the end of their logs."""
 
 

@@ -34,7 +34,7 @@ _ATTEMPTS = 3
 Bucket = list[tuple[str, Tensor]]
 
 
-class SyncFailed(Exception):
+class SyncFailed(RuntimeError):
     """No engine is known to hold the new version; publishing again may succeed."""
 
 

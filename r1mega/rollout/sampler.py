@@ -23,7 +23,7 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 10.0
 
 
-class SamplingFailed(Exception):
+class SamplingFailed(RuntimeError):
     """One sentence naming the sample and the last error."""
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from r1mega.system import keeper
 
+SENTENCE = "r1mega: "  # begins the last line of a process of ours that ended badly
 _SERVER_PORTS = range(10240, 16000)
 
 
@@ -94,6 +95,15 @@ def end(processes: Sequence[Process], *, grace_s: float) -> None:
         if process.alive():  # the keeper itself is stuck, for example stopped by SIGSTOP
             process._handle.kill()
             process.wait(grace_s)
+
+
+def last_words(path: Path) -> str:
+    """The sentence a process of ours ended with, else the end of its log."""
+    text = last_lines(path, 60)
+    _, found, sentence = f"\n{text}".rpartition(f"\n{SENTENCE}")
+    if found:
+        return f"{sentence}\n(its log is {path})"
+    return f"the end of {path}:\n{last_lines(path)}"
 
 
 def last_lines(path: Path, count: int = 20) -> str:

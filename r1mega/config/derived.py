@@ -23,12 +23,19 @@ def expert_data_parallel_size(cluster: Cluster, parallel: Parallel) -> int:
 
 
 def layers_per_stage(num_layers: int, parallel: Parallel) -> tuple[int, ...]:
-    """Layers on each pipeline stage. ``(61, pp=4, last 13)`` -> ``(16, 16, 16, 13)``.
+    """Layers on each pipeline stage; raises ValueError when they do not spread."""
+    first, last = parallel.layers_in_first_stage, parallel.layers_in_last_stage
+    return spread_layers(num_layers, parallel.pp, first, last)
+
+
+def spread_layers(
+    num_layers: int, pp: int, first: int | None = None, last: int | None = None
+) -> tuple[int, ...]:
+    """``spread_layers(61, 4, last=13) == (16, 16, 16, 13)``.
 
     Raises ValueError when they do not spread: Megatron wants the stages without a number equal.
     """
-    first, last = parallel.layers_in_first_stage, parallel.layers_in_last_stage
-    middle = parallel.pp - (first is not None) - (last is not None)
+    middle = pp - (first is not None) - (last is not None)
     remaining = num_layers - (first or 0) - (last or 0)
     share = remaining // middle if middle else 0
     if share * middle != remaining or (middle and share < 1):

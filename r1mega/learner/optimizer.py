@@ -1,6 +1,7 @@
 """Megatron's distributed optimizer: how it is built, stepped, and what of it a checkpoint keeps."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,14 +73,15 @@ def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -
     Keys are ``<chunk>/<parameter>/<exp_avg | exp_avg_sq | param | step | range>``.
     """
     state: dict[str, Tensor] = {}
-    for key, span, main, moments in _owned(optimizer, chunks):
-        if not moments:
+    for owned in _owned(optimizer, chunks):
+        if not owned.moments:
             continue  # before the first update there is nothing to keep
-        state[f"{key}/range"] = torch.tensor(span)
-        state[f"{key}/param"] = main.detach().clone()
-        state[f"{key}/step"] = torch.as_tensor(moments["step"], dtype=torch.float32).reshape(1)
+        step = owned.step_holder()["step"]
+        state[f"{owned.key}/range"] = torch.tensor(owned.span)
+        state[f"{owned.key}/param"] = owned.main.detach().clone()
+        state[f"{owned.key}/step"] = torch.as_tensor(step, dtype=torch.float32).reshape(1)
         for name in MOMENTS:
-            state[f"{key}/{name}"] = moments[name].clone()
+            state[f"{owned.key}/{name}"] = owned.moments[name].clone()
     return state
 
 
@@ -88,26 +90,45 @@ def load_optimizer_state(
     optimizer: Any, chunks: Sequence[DistributedDataParallel], state: dict[str, Tensor]
 ) -> None:
     """Inverse of ``optimizer_state`` on the same layout; raises ValueError when ranges differ."""
-    for key, span, main, moments in _owned(optimizer, chunks):
+    for owned in _owned(optimizer, chunks):
+        key = owned.key
         if f"{key}/range" not in state:
             continue
         saved = tuple(state[f"{key}/range"].tolist())
-        if saved != span:
+        if saved != owned.span:
             raise ValueError(
-                f"the optimizer state of {key} covers elements {saved} but this rank owns {span}: "
-                "the checkpoint was written under another layout"
+                f"the optimizer state of {key} covers elements {saved} but this rank owns "
+                f"{owned.span}: the checkpoint was written under another layout"
             )
-        main.copy_(state[f"{key}/param"])
-        # Every parameter needs a step tensor of its own: a shared one would count once per parameter.
-        moments["step"] = state[f"{key}/step"].reshape(()).clone()
+        owned.main.copy_(state[f"{key}/param"])
+        owned.restore_step(state[f"{key}/step"])
         for name in MOMENTS:
-            moments[name] = state[f"{key}/{name}"].to(main.device).clone()
+            owned.moments[name] = state[f"{key}/{name}"].to(owned.main.device).clone()
 
 
-def _owned(
-    optimizer: Any, chunks: Sequence[DistributedDataParallel]
-) -> Iterator[tuple[str, tuple[int, int], Tensor, dict[str, Any]]]:
-    """(key, flat range in the parameter, fp32 shard, optimizer state) of everything this rank updates."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Owned:
+    """The part of one parameter that this rank updates."""
+
+    key: str
+    span: tuple[int, int]  # flat range in the parameter
+    main: Tensor  # its fp32 weights
+    moments: dict[str, Any]  # the inner optimizer's state
+    group: dict[str, Any]  # the inner optimizer's parameter group
+
+    def step_holder(self) -> dict[str, Any]:
+        """torch's AdamW counts updates per parameter, TransformerEngine's FusedAdam per group."""
+        return self.group if "step" in self.group else self.moments
+
+    def restore_step(self, step: Tensor) -> None:
+        if "step" in self.group:
+            self.group["step"] = int(step.item())
+        else:
+            # A tensor of its own: a shared one would count once per parameter.
+            self.moments["step"] = step.reshape(()).clone()
+
+
+def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterator[_Owned]:
     names = {
         parameter: f"{number}/{name.replace('module.', '')}"
         for number, chunk in enumerate(chunks)
@@ -116,5 +137,12 @@ def _owned(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for parameter, (group, order) in part.model_param_group_index_map.items():
             span = part._get_model_param_range_map(parameter)["param"]
-            main = part.optimizer.param_groups[group]["params"][order]
-            yield names[parameter], (span.start, span.end), main, part.optimizer.state[main]
+            inner_group = part.optimizer.param_groups[group]
+            main = inner_group["params"][order]
+            yield _Owned(
+                key=names[parameter],
+                span=(span.start, span.end),
+                main=main,
+                moments=part.optimizer.state[main],
+                group=inner_group,
+            )

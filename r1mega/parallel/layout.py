@@ -7,6 +7,8 @@ stage (tp * cp * dp of them) as edp, ep, etp; so ep is not one more factor of th
 from dataclasses import dataclass
 from itertools import product
 
+from r1mega.config.derived import spread_layers
+
 DENSE_AXES = ("tp", "cp", "dp", "pp")  # fastest first
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
 
@@ -110,26 +112,8 @@ def stage_layers(
             [range((c * pp + r) * size, (c * pp + r + 1) * size) for c in range(vpp)]
             for r in range(pp)
         ]
-    counts: list[int | None] = [None] * pp
-    if first is not None:
-        counts[0] = first
-    if last is not None:
-        counts[-1] = last
-    open_stages = counts.count(None)
-    fixed = sum(count for count in counts if count is not None)
-    if (
-        open_stages
-        and (num_layers - fixed) % open_stages
-        or not open_stages
-        and fixed != num_layers
-    ):
-        raise ValueError(
-            f"{num_layers} layers do not spread over {pp} stages with first={first} and last={last}: "
-            f"{num_layers - fixed} layers remain for {open_stages} stages"
-        )
     stages, start = [], 0
-    for count in counts:
-        size = count if count is not None else (num_layers - fixed) // open_stages
+    for size in spread_layers(num_layers, pp, first, last):
         stages.append([range(start, start + size)])
         start += size
     return stages

@@ -120,7 +120,8 @@ def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
             logs=worker.directory.logs,
             host=config.cluster.host,
             backend=worker.backend.collective,
-            timeout_s=config.cluster.collective_timeout_s,
+            # The other ranks wait for rank 0 in a collective: it must give up well before them.
+            timeout_s=config.cluster.collective_timeout_s / 4,
             compares_checksums=rollout.engine == "embedded",
         )
         # The launcher registers engines as they come up; the first publish wants all of them.

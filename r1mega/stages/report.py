@@ -10,9 +10,11 @@ from r1mega.run.report import write_report
 
 def main(config: Config) -> int:
     """Write it from what the run has recorded so far; the exit status."""
-    directory = RunDirectory.create(config.run.root, config.name)
-    path = write_report(directory)
-    console = Console()
-    console.print(closing_table(directory))
-    console.print(f"report: {path}")
+    close(RunDirectory.create(config.run.root, config.name))
     return 0
+
+
+def close(directory: RunDirectory) -> None:
+    """Write the report and print what the run came to."""
+    write_report(directory)
+    Console().print(closing_table(directory))

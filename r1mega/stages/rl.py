@@ -16,6 +16,7 @@ from r1mega.records import Group
 from r1mega.rewards.compose import check_errors, reward_metrics
 from r1mega.rollout.replay import write_rollout
 from r1mega.run.samples import write_samples
+from r1mega.stages import report
 from r1mega.stages.evaluate import evaluation_metrics
 from r1mega.stages.generation import Generation, Replay, open_generation
 from r1mega.stages.progress import progress_bar
@@ -57,6 +58,8 @@ def main(config: Config, backend: Backend) -> int:
             advance(progress.step - before, _note(row))
             if config.stage.save_every >= 0 and _due(config.stage.save_every, progress.step, steps):
                 worker.save(progress, reference)
+    if worker.writer is not None:
+        report.close(worker.directory)
     return 0
 
 

@@ -56,5 +56,5 @@ def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int]) -> None:
 
 
 def test_layers_that_do_not_spread_are_refused() -> None:
-    with pytest.raises(ValueError, match="61 layers do not spread over 4 stages"):
+    with pytest.raises(ValueError, match="61 layers remain for 4 stages"):
         stage_layers(61, 4)

@@ -21,7 +21,6 @@ smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this mac
 	rm -rf runs/smoke runs/smoke_base
 	$(BIN)/r1mega sft configs/smoke/base.yaml seed=$(SEED)
 	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)  # evaluates before, during and after
-	$(BIN)/r1mega report configs/smoke/r1_zero.yaml seed=$(SEED)
 
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(GPU_FREE_TESTS)

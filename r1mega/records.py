@@ -25,7 +25,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One completion to draw. The seed is a function of (run seed, step, uid), never of the engine."""
+    """One completion to draw. The seed names it: the same on whichever engine draws it."""
 
     prompt: Prompt
     index: int  # 0 .. group_size - 1
@@ -72,7 +72,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A reward and where it came from. ``error`` is set when the machinery failed, never the model."""
+    """A reward and where it came from. ``error``: the machinery failed, not the model."""
 
     value: float
     parts: dict[str, float]  # "accuracy" -> 1.0, "format" -> 0.0: unweighted
@@ -120,7 +120,8 @@ class Batch:
 
 
 class Reward(Protocol):
-    """Scores samples of prompts, aligned with the input; must not hang and must not raise on text."""
+    """Scores samples of prompts, aligned with the input; must not hang and must not raise on
+    text."""
 
     def __call__(self, pairs: list[tuple[Prompt, Sample]]) -> list[Score]: ...
 

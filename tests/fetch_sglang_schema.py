@@ -1,7 +1,7 @@
 """Put SGLang's own request schema beside the tests' environment: one file out of its wheel.
 
-SGLang itself lives in another environment (requirements/sglang.txt). Tests that need the schema skip
-with a reason when it is not there, so a machine without a package index only loses those.
+SGLang itself lives in another environment (requirements/sglang.txt). Tests that need the schema
+skip with a reason when it is not there, so a machine without a package index only loses those.
 """
 
 import subprocess

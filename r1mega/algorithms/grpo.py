@@ -38,11 +38,7 @@ def train(
     sequences = training_sequences(groups, algorithm)
     with watch.phase("time/logprobs_s"):
         # A single step is the first after sampling: its ratio is 1 and needs no frozen log-probs.
-        if num_steps > 1:
-            sequences = _with(sequences, "policy_logprobs", learner.logprobs(Batch(sequences)))
-        if reference is not None:
-            logprobs = learner.reference_logprobs(Batch(sequences), reference)
-            sequences = _with(sequences, "reference_logprobs", logprobs)
+        sequences = _frozen(sequences, learner, reference, freeze_policy=num_steps > 1)
     loss = ClippedSurrogate(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
@@ -59,9 +55,9 @@ def train(
 def training_sequences(groups: list[Group], algorithm: Algorithm) -> tuple[Sequence, ...]:
     """Every usable sample with its group-relative advantage, ordered by group and index.
 
-    A sample whose grading failed is left out of its group. ``drop_uniform_groups`` decides on the raw
-    accuracy, not on the shaped reward; ``mask_overlong`` keeps truncated samples in the mean and
-    standard deviation but not in the loss.
+    A sample whose grading failed is left out of its group. ``drop_uniform_groups`` decides on the
+    raw accuracy, not on the shaped reward; ``mask_overlong`` keeps truncated samples in the mean
+    and standard deviation but not in the loss.
     """
     sequences: list[Sequence] = []
     for group in groups:
@@ -121,9 +117,20 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     }
 
 
-def _with(
-    sequences: tuple[Sequence, ...], column: str, values: list[tuple[float, ...]]
+def _frozen(
+    sequences: tuple[Sequence, ...],
+    learner: Learner,
+    reference: list[Tensor] | None,
+    *,
+    freeze_policy: bool,
 ) -> tuple[Sequence, ...]:
-    return tuple(
-        replace(sequence, **{column: row}) for sequence, row in zip(sequences, values, strict=True)
-    )
+    """The sequences with policy and reference log-probs, as far as the loss needs them."""
+    if freeze_policy:
+        rows = learner.logprobs(Batch(sequences))
+        pairs = zip(sequences, rows, strict=True)
+        sequences = tuple(replace(s, policy_logprobs=row) for s, row in pairs)
+    if reference is not None:
+        rows = learner.reference_logprobs(Batch(sequences), reference)
+        pairs = zip(sequences, rows, strict=True)
+        sequences = tuple(replace(s, reference_logprobs=row) for s, row in pairs)
+    return sequences

@@ -28,9 +28,9 @@ class ClippedSurrogate:
     """GRPO's objective (DeepSeek-R1, arXiv 2501.12948, eq. 1-2), negated.
 
     Per token or, with ``ratio="sequence"``, with the whole response's ratio:
-    min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef * k3, rho = policy now / policy at
-    sampling time. ``importance_cap`` multiplies by min(policy / sampler, cap), which corrects for
-    engines that compute other numbers than the learner (truncated importance sampling).
+    min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef * k3, rho = policy now / policy
+    at sampling time. ``importance_cap`` multiplies by min(policy / sampler, cap), which corrects
+    for engines that compute other numbers than the learner (truncated importance sampling).
     """
 
     clip_low: float
@@ -73,9 +73,10 @@ class ClippedSurrogate:
 
 
 def k3(policy_R: Tensor, reference_R: Tensor) -> Tensor:
-    """Unbiased, non-negative estimator of KL(policy || reference): r - log r - 1, r = ref / policy."""
+    """Unbiased, non-negative estimator of KL(policy || reference): r - log r - 1, r = ref /
+    policy."""
     log_r = reference_R - policy_R
-    return log_r.exp() - log_r - 1
+    return torch.expm1(log_r) - log_r
 
 
 def _sum_per_sequence(values_R: Tensor, batch: Microbatch) -> Tensor:

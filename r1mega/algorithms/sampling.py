@@ -53,8 +53,10 @@ class Drawer:
     def __call__(
         self, prompts: list[Prompt], group_size: int, sampling: Sampling, *, seed: str
     ) -> Drawn:
-        """``group_size`` samples of every prompt. ``seed`` names the rollout: equal names draw equal
-        samples. Raises SamplingFailed on all ranks when one leader could not draw."""
+        """``group_size`` samples of every prompt; equal seeds draw equal samples.
+
+        Raises SamplingFailed on all ranks when one leader could not draw.
+        """
         requests = [
             SampleRequest(prompt=prompt, index=index, seed=sample_seed(seed, slot, index))
             for slot, prompt in enumerate(prompts)

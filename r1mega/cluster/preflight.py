@@ -18,7 +18,8 @@ def check_inputs(verb: str, config: Config) -> None:
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"tokenizer {config.model.tokenizer!r} has {tokenizer.vocab_size} tokens but "
-                f"model.vocab_size={config.model.vocab_size}: raise it, or choose the model's tokenizer"
+                f"model.vocab_size={config.model.vocab_size}: raise it, or choose the model's "
+                "tokenizer"
             )
         if verb == "sft":
             load_documents(config.data, tokenizer, config.seed)
@@ -33,7 +34,8 @@ def check_inputs(verb: str, config: Config) -> None:
 def _check_weights(folder: Path, model: Model) -> None:
     if not folder.is_dir():
         raise ValueError(
-            f"model.init={folder} is not there: run the stage that writes it first, or correct the path"
+            f"model.init={folder} is not there: run the stage that writes it first, or correct "
+            "the path"
         )
     with SliceReader(folder) as reader:
         for name, shape in hf_shapes(model).items():

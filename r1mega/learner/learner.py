@@ -1,7 +1,7 @@
 """The learner: one model replica per data-parallel rank, updated by any loss under any layout.
 
-Every rank holds the same batch records; each packs its own part. Results do not depend on the layout
-or on how sequences are packed, because the loss is a sum of globally weighted target tokens.
+Every rank holds the same batch records; each packs its own part. Results do not depend on the
+layout or on how sequences are packed, because the loss is a sum of globally weighted target tokens.
 """
 
 import time

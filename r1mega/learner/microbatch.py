@@ -14,7 +14,8 @@ from r1mega.records import Sequence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
-    """Row r predicts ``targets_R[r]`` from packed position ``rows_R[r]``; columns follow the rows."""
+    """Row r predicts ``targets_R[r]`` from packed position ``rows_R[r]``; columns follow the
+    rows."""
 
     indices: tuple[int, ...]  # of the sequences in their batch
     tokens_T: Tensor

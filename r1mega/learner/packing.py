@@ -11,8 +11,8 @@ from math import ceil
 def pack(lengths: list[int], *, dp: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
     """Indices of sequences per microbatch: ``pack(...)[dp_rank][microbatch]``.
 
-    The number of microbatches is the smallest multiple of ``dp`` into which longest-first placement on
-    the emptiest microbatch fits the budget; ties go by index, so the result is deterministic.
+    The number of microbatches is the smallest multiple of ``dp`` into which longest-first placement
+    on the emptiest microbatch fits the budget; ties go by index, so the result is deterministic.
     """
     if not lengths:
         return [[[]] for _ in range(dp)]  # one empty microbatch: all ranks take part

@@ -1,8 +1,9 @@
 """Microbatches through Megatron's pipeline schedules, with the loss as an argument.
 
 The loss of a batch is a sum over target tokens whose weights are already global (records.Sequence),
-so nothing is divided here: not by microbatches, not by dp. calculate_per_token_loss makes Megatron's
-schedule and DDP add instead of average, and ``sum_gradients`` leaves out its division by tokens.
+so nothing is divided here: not by microbatches, not by dp. calculate_per_token_loss makes
+Megatron's schedule and DDP add instead of average, and ``sum_gradients`` leaves out its division by
+tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,8 +50,8 @@ def run_pipeline(
 ) -> list[Any]:
     """Forward (and backward when there is a loss) of all microbatches.
 
-    Returns, on the last stage, one entry per microbatch in order: its LossOutput without the loss, or
-    without a loss its log-probs [R]. Other stages return [].
+    Returns, on the last stage, one entry per microbatch in order: its LossOutput without the loss,
+    or without a loss its log-probs [R]. Other stages return [].
     """
 
     def forward_step(

@@ -13,7 +13,8 @@ def learning_rate(
     total_steps: int,
     schedule: Literal["constant", "cosine", "linear"],
 ) -> float:
-    """Rate of update ``step`` (counted from 0): linear warm-up, then constant or decay to ``min_lr``."""
+    """Rate of update ``step`` (counted from 0): linear warm-up, then constant or decay to
+    ``min_lr``."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":

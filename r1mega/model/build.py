@@ -1,7 +1,7 @@
 """This rank's part of the policy network: GPTModel chunks that answer log-probs instead of logits.
 
-The network knows nothing of losses. On the last stage ``forward`` returns log-probs and entropies of
-the target tokens; output weight and log-prob are fused in chunks, so full logits never exist.
+The network knows nothing of losses. On the last stage ``forward`` returns log-probs and entropies
+of the target tokens; output weight and log-prob are fused in chunks, so full logits never exist.
 Shapes: T packed tokens, R target rows, H hidden, E experts.
 """
 
@@ -45,7 +45,7 @@ class PolicyModel(GPTModel):
         temperature: float,
         chunk_tokens: int,
     ) -> Tensor:
-        """Hidden states [T, 1, H] for the next stage; on the last stage log-probs and entropies [2, R].
+        """Hidden states [T, 1, H]; on the last stage log-probs and entropies, stacked [2, R].
 
         ``rows_R`` are the packed positions whose next token is ``targets_R``; the last
         ``num_padding`` tokens only round T up for sequence parallelism.
@@ -96,8 +96,8 @@ def build_model(
     """Megatron's config and this rank's chunks (one per virtual stage).
 
     Their weights are Megatron's own draw, which depends on the layout: fill them from
-    ``r1mega.weights``. (Initialization stays on because it also marks what is cut over tp, which the
-    gradient norm reads.)
+    ``r1mega.weights``. (Initialization stays on because it also marks what is cut over tp, which
+    the gradient norm reads.)
     """
     layout = groups.layout
     config = transformer_config(model, layout, options)
@@ -130,7 +130,7 @@ def _mark_experts(policy: PolicyModel) -> None:
     """
     for name, parameter in policy.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def _in_bf16(config: MLATransformerConfig, policy: PolicyModel) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Layer spec without TransformerEngine, correct with tensor, sequence and expert parallelism and MLA.
+"""Layer spec without TransformerEngine, right for MLA under tensor and expert parallelism.
 
 megatron-core's own local spec for MLA does not build in 0.16.1; three of its modules are ours.
 Shapes: S sequence, B batch (1 when packed), T packed tokens, N heads, D head size.
@@ -54,10 +54,13 @@ class CoreAttention(torch.nn.Module):
         assert packed_seq_params is not None, "the learner always packs"
         num_tokens = query.shape[0]
         rows, width = _padded_rows(packed_seq_params)
-        padded = [_pad(x, rows, width) for x in (query, key, value)]
         # Right padding behind a causal mask: no real token sees a padded one.
         out_BNSD = functional.scaled_dot_product_attention(
-            *padded, is_causal=True, scale=self.scale
+            _pad(query, rows, width),
+            _pad(key, rows, width),
+            _pad(value, rows, width),
+            is_causal=True,
+            scale=self.scale,
         )
         out = out_BNSD.transpose(1, 2).flatten(0, 1)[rows]
         return out.reshape(num_tokens, 1, -1)

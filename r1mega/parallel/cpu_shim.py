@@ -1,7 +1,7 @@
 """Lets megatron-core 0.16.1 run on CPU and gloo: the one place that patches another package.
 
-Only the CPU backend calls ``install``. Every name that is replaced must exist, so that an upgrade of
-torch or megatron-core fails here and now, with the name, and not later with a wrong number.
+Only the CPU backend calls ``install``. Every name that is replaced must exist, so that an upgrade
+of torch or megatron-core fails here and now, with the name, and not later with a wrong number.
 """
 
 import contextlib
@@ -66,14 +66,14 @@ def _replace(owner: Any, name: str, new: Any) -> None:
 def _existing(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
         raise RuntimeError(
-            f"the CPU shim replaces {getattr(owner, '__name__', owner)}.{name}, which does not exist: "
-            "this torch or megatron-core is not the pinned one (see pyproject.toml)"
+            f"the CPU shim replaces {getattr(owner, '__name__', owner)}.{name}, which does not "
+            "exist: this torch or megatron-core is not the pinned one (see pyproject.toml)"
         )
     return getattr(owner, name)
 
 
 def _patch_cuda() -> None:
-    """About sixty sites of megatron.core say ``device=torch.cuda.current_device()`` or use streams."""
+    """About sixty sites of megatron.core ask for torch.cuda's current device or its streams."""
     stream = NullStream()
     replacements: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
@@ -94,7 +94,7 @@ def _patch_cuda() -> None:
 
 
 def _patch_factories() -> None:
-    """Literals ``device="cuda"`` in masks, schedules, clip_grads and the optimizer; pinned memory."""
+    """Literals ``device="cuda"`` and pinned memory in masks, schedules and the optimizer."""
     names = "empty zeros ones full tensor arange as_tensor empty_like zeros_like ones_like"
     for name in names.split():
         _replace(torch, name, _on_cpu(_existing(torch, name)))
@@ -114,7 +114,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _patch_tensor_type() -> None:
-    """megatron.core.optimizer (and nobody else) compares Tensor.type() with 'torch.cuda.FloatTensor'."""
+    """megatron.core.optimizer, and nobody else, compares types with 'torch.cuda.FloatTensor'."""
     original = torch.Tensor.type
 
     def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:

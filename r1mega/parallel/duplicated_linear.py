@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Stands in for TransformerEngine's ``TELinear(parallel_mode="duplicated")`` where TE is absent.
+    """Stands in for TransformerEngine's ``TELinear(parallel_mode="duplicated")``.
 
     MLA's down projections need it: megatron-core 0.16.1's ColumnParallelLinear in that place gives
     wrong gradients at tp=2 (relative error 0.7 on the k_pe rows). Input [S/tp, B, H_in] (its own
-    sequence shard), output [S/tp, B, H_out]; the mark ``sequence_parallel`` asks Megatron to sum the
-    gradient over tp.
+    sequence shard), output [S/tp, B, H_out]; the mark ``sequence_parallel`` asks Megatron to sum
+    the gradient over tp.
     """
 
     def __init__(

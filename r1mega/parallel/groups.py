@@ -37,7 +37,7 @@ class Groups:
 
 
 def open_groups(layout: Layout, backend: Backend, *, timeout_s: float, seed: int) -> Groups:
-    """Join the job (torchrun's environment) and build Megatron's groups; seeds weights and dropout."""
+    """Join the job (torchrun's environment), build Megatron's groups, seed its generators."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -45,7 +45,7 @@ def open_groups(layout: Layout, backend: Backend, *, timeout_s: float, seed: int
         dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
     if dist.get_world_size() != layout.world:
         raise ValueError(
-            f"the layout is made for {layout.world} learner ranks but {dist.get_world_size()} started"
+            f"the layout is for {layout.world} learner ranks but {dist.get_world_size()} started"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,

@@ -30,7 +30,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.world % (self.tp * self.pp * self.cp):
             raise ValueError(
-                f"tp * pp * cp ({self.tp} * {self.pp} * {self.cp}) must divide the world ({self.world})"
+                f"tp * pp * cp ({self.tp} * {self.pp} * {self.cp}) must divide the world "
+                f"({self.world})"
             )
         if (self.world // self.pp) % (self.ep * self.etp):
             raise ValueError(
@@ -70,7 +71,7 @@ class Layout:
     def groups(self, *axes: str) -> list[list[int]]:
         """All groups over ``axes``: ranks that differ on these axes only, in rank order."""
         mesh = EXPERT_AXES if set(axes) & {"etp", "ep", "edp"} else DENSE_AXES
-        slowest_first = [axis for axis in reversed(mesh)]
+        slowest_first = list(reversed(mesh))
         fixed = [axis for axis in slowest_first if axis not in axes]
         varying = [axis for axis in slowest_first if axis in axes]
         return [

@@ -1,4 +1,4 @@
-"""Log-probs and entropies of a vocabulary-parallel output layer, in chunks: full logits never exist.
+"""Log-probs of a vocabulary-parallel output layer, in chunks: full logits never exist.
 
 Shapes: T target tokens, C tokens of one chunk, H hidden, V this rank's slice of the vocabulary.
 """
@@ -20,9 +20,9 @@ def vocab_parallel_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy, both fp32 [T].
 
-    ``weight_VH`` holds rows [rank * V, (rank + 1) * V) of the output layer. Differentiable in hidden
-    and weight through the log-probs; the entropy is a measurement and carries no gradient. The
-    gradient of ``hidden_TH`` is this rank's part: sum it over the group (Megatron's
+    ``weight_VH`` holds rows [rank * V, (rank + 1) * V) of the output layer. Differentiable in
+    hidden and weight through the log-probs; the entropy is a measurement and carries no gradient.
+    The gradient of ``hidden_TH`` is this rank's part: sum it over the group (Megatron's
     ``copy_to_tensor_model_parallel_region`` does).
     """
     return _ChunkedLogprobs.apply(hidden_TH, weight_VH, targets_T, temperature, chunk_tokens, group)

@@ -71,7 +71,8 @@ def _rollout(
     reference: list[Tensor] | None,
     watch: Stopwatch,
 ) -> tuple[Progress, list[Tensor] | None, dict[str, float]]:
-    """One rollout and the optimizer steps it feeds; the last step's metrics are still to be written."""
+    """One rollout and the optimizer steps it feeds; the last step's metrics are still to be
+    written."""
     config = worker.config
     algorithm, stage = config.algorithm, config.stage
     num_steps = min(config.rollout.steps, stage.steps - progress.step)

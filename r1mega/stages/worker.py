@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -86,7 +87,7 @@ class Worker:
             truncate_samples_after(self.directory, progress.step)
         return progress, reference
 
-    def _load(self, folder) -> list[Tensor] | None:  # type: ignore[no-untyped-def]
+    def _load(self, folder: Path) -> list[Tensor] | None:
         weights, rank = self.learner.weights, self.groups.rank
         checkpoint.check_resumable(folder, weights)
         reference = None

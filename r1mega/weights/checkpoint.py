@@ -9,8 +9,9 @@
       state.json                   step, data position, versions, layout, the network
       manifest.json                bytes and SHA-256 of every file above
 
-Everything is written under ``.step_000040.partial`` and renamed last, so what has its name is whole;
-a byte that flips later is found by ``verify``. All functions that take groups are collective.
+Everything is written under ``.step_000040.partial`` and renamed last, so what has its name is
+whole; a byte that flips later is found by ``verify``. All functions that take groups are
+collective.
 """
 
 import hashlib
@@ -128,8 +129,8 @@ def check_resumable(folder: Path, weights: LocalWeights) -> None:
         raise CheckpointError(f"{folder} is a checkpoint of another model: {differing}")
     if differing := _differences(state["layout"], asdict(weights.layout)):
         raise CheckpointError(
-            f"{folder} was written under another layout ({differing}); resume under the old one, or "
-            f"start a new run from its weights with model.init={folder}"
+            f"{folder} was written under another layout ({differing}); resume under the old one, "
+            f"or start a new run from its weights with model.init={folder}"
         )
 
 

@@ -61,7 +61,7 @@ def local_weights(
     rank: int,
     chunks: Sequence[torch.nn.Module],
 ) -> LocalWeights:
-    """Pair the table's slices with ``chunks``; every parameter must be covered, and nothing else."""
+    """Pair the table's slices with ``chunks``; they must name exactly the same tensors."""
     slices = parameter_slices(model, layout, rank)
     tensors = tuple(_named_tensors(chunk) for chunk in chunks)
     for number, held in enumerate(tensors):
@@ -69,7 +69,8 @@ def local_weights(
         if named != set(held):
             raise RuntimeError(
                 f"the table of names and the network differ on rank {rank}: only in the table "
-                f"{sorted(named - set(held))[:4]}, only in the network {sorted(set(held) - named)[:4]}"
+                f"{sorted(named - set(held))[:4]}, only in the network "
+                f"{sorted(set(held) - named)[:4]}"
             )
     return LocalWeights(
         model=model, layout=layout, rank=rank, slices=tuple(slices), tensors=tensors
@@ -107,8 +108,8 @@ def initialize(weights: LocalWeights, init: str, *, seed: int) -> None:
 
 def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent float32 buffers by Megatron name, wrappers' prefixes removed."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
+    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
+        chunk = inner
     tensors: dict[str, Tensor] = dict(chunk.named_parameters())
     tensors |= {name: b for name, b in chunk.named_buffers() if name.endswith("expert_bias")}
     return tensors
@@ -117,7 +118,7 @@ def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
 def hf_tensors(
     weights: LocalWeights, *, device: torch.device
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Stream whole Hugging Face tensors to rank 0, one at a time; every rank must iterate to the end.
+    """Stream whole Hugging Face tensors to rank 0, one at a time; all ranks iterate to the end.
 
     Yields (name, tensor) on rank 0 and (name, None) elsewhere, in the order of a forward pass. Each
     distinct rectangle crosses the network once, from the lowest rank that holds it.
@@ -157,7 +158,7 @@ def region_owners(
 
 
 def _wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:
-    """The expert bias is fp32 in Megatron whatever the precision; all else has the model's dtype."""
+    """The expert bias is fp32 whatever the precision; all else has the model's dtype."""
     if name.endswith("e_score_correction_bias"):
         return torch.float32
     return next(iter(weights.tensors[0].values())).dtype

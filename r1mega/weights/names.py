@@ -227,7 +227,8 @@ def count_parameters(model: schema.Model, *, active: bool = False) -> int:
 
 
 def parameter_slices(model: schema.Model, layout: Layout, rank: int) -> list[ParameterSlice]:
-    """Which rectangle of which Hugging Face tensor ``rank`` holds, in the order of a forward pass."""
+    """Which rectangle of which Hugging Face tensor ``rank`` holds, in the order of a forward
+    pass."""
     place = layout.coordinates(rank)
     table = rows(model)
     slices: list[ParameterSlice] = []

@@ -1,8 +1,8 @@
-"""One slice reader: rectangles of named tensors out of safetensors folders, reading only their bytes.
+"""One slice reader: rectangles of named tensors out of safetensors folders, and only their bytes.
 
-A folder is either Hugging Face's (model.safetensors, or shards with model.safetensors.index.json) or
-a checkpoint of ours (index.json: every tensor as rectangles in shard files). Names are Hugging Face's
-in both, so loading, evaluation and conversion share this reader.
+A folder is either Hugging Face's (model.safetensors, or shards with model.safetensors.index.json)
+or a checkpoint of ours (index.json: every tensor as rectangles in shard files). Names are Hugging
+Face's in both, so loading, evaluation and conversion share this reader.
 """
 
 import json
@@ -106,8 +106,8 @@ class SliceReader:
             weight_map = dict.fromkeys(self._file(HF_SINGLE).keys(), HF_SINGLE)
         else:
             raise ValueError(
-                f"{self.folder}: no {HF_SINGLE}, {HF_INDEX} or {CHECKPOINT_INDEX} here; name a Hugging "
-                "Face folder or a step_NNNNNN checkpoint"
+                f"{self.folder}: no {HF_SINGLE}, {HF_INDEX} or {CHECKPOINT_INDEX} here; name a "
+                "Hugging Face folder or a step_NNNNNN checkpoint"
             )
         tensors = {}
         for name, file in weight_map.items():

@@ -102,9 +102,7 @@ def test_every_metric_is_documented(straight: Path) -> None:
     assert written - set(documented) == set()
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(
-    straight: Path, base: str, tmp_path: Path
-) -> None:
+def test_resume_equals_uninterrupted_bit_for_bit(straight: Path, base: str, tmp_path: Path) -> None:
     """Engines in the loop: the continued run draws the same samples and ends in the same bits."""
     shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step_000004")

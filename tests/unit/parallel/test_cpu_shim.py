@@ -24,7 +24,8 @@ def test_tensors_stay_on_the_cpu_and_megatron_imports() -> None:
         "install(); install()\n"
         "import torch\n"
         "from megatron.core.models.gpt import GPTModel\n"
-        "print(torch.zeros(1, device='cuda', pin_memory=True).device, torch.cuda.current_device())\n"
+        "x = torch.zeros(1, device='cuda', pin_memory=True)\n"
+        "print(x.device, torch.cuda.current_device())\n"
     )
     assert out.splitlines()[-1] == "cpu cpu"
 

@@ -24,6 +24,7 @@ from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.fleet import EngineHandle, Fleet, FleetNotReady
 from r1mega.rollout.transfer import Transfer, TransferFailed
+from r1mega.rollout.wire import digest
 
 log = logging.getLogger(__name__)
 
@@ -233,12 +234,6 @@ def _note(sent: _Sent, bucket: Bucket, version: int) -> None:
         if _is_checked(name, version) and sent.digested_bytes < _CHECK_AT_MOST_BYTES:
             sent.digests[name] = digest(tensor)
             sent.digested_bytes += tensor.nbytes
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of the values in float32, as the embedded engine computes it of what it holds."""
-    values = tensor.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().astype("<f4", copy=False).data).hexdigest()
 
 
 def _is_checked(name: str, version: int) -> bool:

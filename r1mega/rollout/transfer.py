@@ -9,22 +9,14 @@ import contextlib
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed.distributed_c10d import (
-    Backend,
-    GroupName,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-)
 
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
+from r1mega.rollout.wire import join_group
 from r1mega.system import processes
 
 _JOIN_TIMEOUT_S = 60.0
@@ -125,7 +117,17 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
         for index in range(len(urls))
     ]
     pool = ThreadPoolExecutor(1 + len(urls))
-    joined = pool.submit(_join_as_rank_0, host, port, 1 + len(urls), name, backend, timeout_s)
+    joined = pool.submit(
+        join_group,
+        address=host,
+        port=port,
+        rank=0,
+        world_size=1 + len(urls),
+        name=name,
+        backend=backend,
+        join_timeout_s=_JOIN_TIMEOUT_S,
+        timeout_s=timeout_s,
+    )
     answers = {
         url: pool.submit(
             control.post, f"{url}/init_weights_update_group", body, timeout_s=_JOIN_TIMEOUT_S + 10
@@ -147,29 +149,6 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
 
 def _failure_of(future: "Future[Any]") -> BaseException | None:
     return future.exception() if future.done() else None
-
-
-def _join_as_rank_0(
-    host: str, port: int, size: int, name: str, backend: str, timeout_s: float
-) -> dist.ProcessGroup:
-    """As ``init_process_group`` does, but beside the default group, as the engines do it too."""
-    join_timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
-    # A store of our own: rendezvous() would make us a client under torch.distributed.run, whose
-    # agent holds the learner's store.
-    store = TCPStore(host, port, size, is_master=True, timeout=join_timeout, wait_for_workers=False)
-    group: dist.ProcessGroup
-    group, _ = _new_process_group_helper(
-        size,
-        0,
-        [],
-        Backend(backend),
-        PrefixStore(name, store),
-        group_name=GroupName(name),
-        backend_options=None,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    _world.pg_group_ranks[group] = {index: index for index in range(size)}
-    return group
 
 
 def _update_body(

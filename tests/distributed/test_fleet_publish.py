@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from r1mega.rollout import control
 from r1mega.rollout.fleet import Fleet
-from r1mega.rollout.publish import SyncFailed, SyncReport, digest, publish
+from r1mega.rollout.publish import SyncFailed, SyncReport, publish
 from r1mega.rollout.publish import publish_from_all_ranks as publish_all
 from r1mega.rollout.router import RouterClient
 from r1mega.rollout.transfer import TransferFailed, _update_body
+from r1mega.rollout.wire import digest
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
 

@@ -1,7 +1,6 @@
 """Weight updates over a collective group of its own, in SGLang's protocol.
 
-The trainer is rank 0 of a gloo group that exists beside (and without) any default group; engines
-are the ranks from ``rank_offset`` on. Tensors are broadcast one by one in list order, or as one
+Tensors are broadcast one by one in list order, or as one
 uint8 bucket. A call receives everything first and writes the weights only when all of it fits, so
 a refused or broken call leaves weights and version as they were.
 """
@@ -9,45 +8,16 @@ a refused or broken call leaves weights and version as they were.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from r1mega.rollout.engine.weights import Weights, check_names, load
+from r1mega.rollout.wire import join_group
 
 LoadFormat = Literal["flattened_bucket"] | None
-
-
-def join_group(
-    *, address: str, port: int, rank: int, world_size: int, name: str, timeout_s: float
-) -> dist.ProcessGroup:
-    """Rank 0 listens on address:port, the others come; returns when all are there.
-
-    The body of ``torch.distributed.init_process_group`` without its default group: SGLang and
-    every trainer that feeds it do the same, so the keys in the store agree.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    # Not rendezvous(): under torch.distributed.run it would look for the agent's store instead.
-    store = dist.TCPStore(
-        address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
-    )
-    group, _ = c10d._new_process_group_helper(
-        world_size,
-        rank,
-        [],
-        c10d.Backend("gloo"),
-        c10d.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timeout,
-    )
-    if not isinstance(group, dist.ProcessGroup):
-        raise RuntimeError(f"rank {rank} is not part of group {name!r}")
-    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    return group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +56,8 @@ class WeightUpdater:
                 rank=rank,
                 world_size=world_size,
                 name=name,
+                backend=backend,
+                join_timeout_s=self._timeout_s,
                 timeout_s=self._timeout_s,
             )
         except (RuntimeError, ValueError) as error:

@@ -5,7 +5,6 @@ copy and nothing is derived afterwards. All storage is float32: payloads of anot
 on load, and checksums are of the float32 values.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from r1mega.config.schema import Model
+from r1mega.rollout.wire import digest
 
 _INIT_STD = 0.02
 
@@ -200,11 +200,8 @@ def _is_unused(name: str, weights: Weights) -> bool:
 
 
 def checksums(weights: Weights, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """(HF name, sha256 of its float32 values, little-endian, row-major) for every parameter.
-
-    ``skip`` leaves out names that contain one of these strings.
-    """
+    """(HF name, digest) of every parameter whose name contains none of ``skip``."""
     skipped = tuple(skip)
     for name, tensor in weights.named.items():
         if not any(part in name for part in skipped):
-            yield name, hashlib.sha256(tensor.contiguous().numpy().astype("<f4").data).hexdigest()
+            yield name, digest(tensor)

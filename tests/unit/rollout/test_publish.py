@@ -6,6 +6,7 @@ import struct
 import torch
 
 from r1mega.rollout import publish
+from r1mega.rollout.wire import digest
 
 
 def test_buckets_keep_order_and_size() -> None:
@@ -27,9 +28,9 @@ def test_only_the_last_is_marked() -> None:
 
 def test_digest_is_of_float32_values() -> None:
     expected = hashlib.sha256(struct.pack("<3f", 1.0, 2.0, 3.5)).hexdigest()
-    assert publish.digest(torch.tensor([1.0, 2.0, 3.5])) == expected
-    assert publish.digest(torch.tensor([1.0, 2.0, 3.5], dtype=torch.bfloat16)) == expected
-    assert publish.digest(torch.tensor([[1.0, 9.0], [2.0, 9.0], [3.5, 9.0]])[:, 0]) == expected
+    assert digest(torch.tensor([1.0, 2.0, 3.5])) == expected
+    assert digest(torch.tensor([1.0, 2.0, 3.5], dtype=torch.bfloat16)) == expected
+    assert digest(torch.tensor([[1.0, 9.0], [2.0, 9.0], [3.5, 9.0]])[:, 0]) == expected
 
 
 def test_every_tensor_is_checked_in_time() -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from r1mega.rollout.engine.updates import join_group
 from r1mega.rollout.engine.weights import allocate, checksums, load_folder
+from r1mega.rollout.wire import join_group
 from r1mega.system.processes import free_port
 from tests.unit.rollout.engine.tools import Saved, Server
 
@@ -41,7 +41,14 @@ class Trainer:
         ]
         calls = self._start("/init_weights_update_group", bodies)
         self.group = join_group(
-            address="127.0.0.1", port=port, rank=0, world_size=size, name=name, timeout_s=60
+            address="127.0.0.1",
+            port=port,
+            rank=0,
+            world_size=size,
+            name=name,
+            backend="gloo",
+            join_timeout_s=60,
+            timeout_s=60,
         )
         assert [status for status, _ in calls()] == [200] * len(servers)
 
@@ -193,7 +200,7 @@ def test_groups_that_cannot_be_joined_are_refused(saved: Callable, start_server:
 
 DYING_TRAINER = """
 import os, sys, threading, torch, torch.distributed as dist, urllib.request, json
-from r1mega.rollout.engine.updates import join_group
+from r1mega.rollout.wire import join_group
 url, port = sys.argv[1], int(sys.argv[2])
 def post(path, body):
     data = json.dumps(body).encode()
@@ -202,7 +209,8 @@ def start(path, body):
     threading.Thread(target=post, args=(path, body), daemon=True).start()
 start("/init_weights_update_group", dict(master_address="127.0.0.1", master_port=port,
     rank_offset=1, world_size=2, group_name="dying", backend="gloo"))
-group = join_group(address="127.0.0.1", port=port, rank=0, world_size=2, name="dying", timeout_s=60)
+group = join_group(address="127.0.0.1", port=port, rank=0, world_size=2, name="dying",
+    backend="gloo", join_timeout_s=60, timeout_s=60)
 post("/begin_weight_update", {})
 start("/update_weights_from_distributed", dict(names=["model.norm.weight", "lm_head.weight"],
     dtypes=["float32"] * 2, shapes=[[64], [64, 64]], group_name="dying", weight_version="dead"))

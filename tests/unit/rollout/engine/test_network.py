@@ -52,14 +52,13 @@ def test_checksums_tell_one_changed_element(saved: Callable):
     own = saved("yarn")
     weights = allocate(own.model)
     load_folder(weights, own.folder)
-    before = dict(checksums(weights))
+    before = checksums(weights)
     name = "model.layers.2.mlp.experts.5.up_proj.weight"
     changed = weights.named[name].clone()
     changed[3, 4] = torch.nextafter(changed[3, 4], torch.tensor(9.0))
     load(weights, [(name, changed)])
-    after = dict(checksums(weights))
+    after = checksums(weights)
     assert [n for n in before if before[n] != after[n]] == [name]
-    assert name not in dict(checksums(weights, skip=["experts.5"]))
 
 
 def test_bf16_payloads_are_cast(saved: Callable):

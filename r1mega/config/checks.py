@@ -31,6 +31,7 @@ def _between_keys(config: Config) -> Iterator[str]:
     samples = config.stage.kind in ("rl", "eval")
     yield from _name(config.name)
     yield from _mesh(config)
+    yield from _not_yet(config)
     yield from _pipeline(config.model.num_hidden_layers, config.parallel)
     yield from _tensor_cuts(config.model, config.parallel)
     yield from _experts(config.model, config.parallel)
@@ -81,6 +82,21 @@ def _mesh(config: Config) -> Iterator[str]:
             f"a step of {sequences} sequences leaves some of dp={dp} replicas without one; "
             "raise the batch or tp, pp, cp"
         )
+
+
+def _not_yet(config: Config) -> Iterator[str]:
+    """What the network can be told but the learner would get wrong."""
+    if config.parallel.cp > 1:
+        yield f"parallel.cp={config.parallel.cp}: context parallelism is not built yet; use cp=1"
+    if config.model.tie_word_embeddings:
+        yield "model.tie_word_embeddings=true: DeepSeek-V3 has a head of its own; use false"
+    if config.learner.dispatcher == "allgather":
+        yield (
+            "learner.dispatcher=allgather needs microbatches of equal length, which packing does "
+            "not give; use alltoall"
+        )
+    if config.learner.grouped_gemm and config.learner.layer_spec == "local":
+        yield ("learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local")
 
 
 def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
@@ -184,6 +200,8 @@ def _precision(config: Config) -> Iterator[str]:
     for setting, is_set in needs_cuda.items():
         if is_set and config.cluster.backend == "cpu":
             yield f"{setting} needs cluster.backend=cuda, got cpu"
+    if learner.grouped_gemm and learner.layer_spec == "local" and config.cluster.backend == "cuda":
+        yield "learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local"
     if learner.fp8 == "blockwise" and learner.layer_spec == "local":
         yield "learner.fp8=blockwise needs learner.layer_spec=transformer_engine, got local"
     if learner.fp8 == "blockwise" and learner.precision == "fp32":

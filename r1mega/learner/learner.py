@@ -26,6 +26,7 @@ from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
 from r1mega.records import Batch
 from r1mega.weights.local import LocalWeights, hf_tensors, initialize, local_weights
+from r1mega.weights.names import Spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class Learner:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = self._microbatches(batch)
+        microbatches = self.microbatches(batch)
         outputs = run_pipeline(
             self.chunks,
             microbatches,
@@ -70,7 +71,7 @@ class Learner:
         """Log-probs of every sequence's targets under the present weights, on every rank."""
         for chunk in self.chunks:
             chunk.eval()
-        microbatches = self._microbatches(batch)
+        microbatches = self.microbatches(batch)
         outputs = run_pipeline(
             self.chunks,
             microbatches,
@@ -100,12 +101,14 @@ class Learner:
         """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end."""
         return hf_tensors(self.weights, device=self.backend.device)
 
-    def _microbatches(self, batch: Batch) -> list[Microbatch]:
+    def microbatches(self, batch: Batch) -> list[Microbatch]:
+        """This rank's part of the batch, packed."""
         layout = self.groups.layout
         parts = pack(
             [len(s.token_ids) for s in batch.sequences],
             dp=layout.dp,
             tokens_per_microbatch=self.settings.tokens_per_microbatch,
+            multiple=layout.pp if layout.vpp else 1,
         )[self.groups.place["dp"]]
         return [
             make_microbatch(batch.sequences, part, multiple=layout.tp, device=self.backend.device)
@@ -155,7 +158,11 @@ def open_learner(
         megatron=settings.megatron,
     )
     config, raw_chunks = build_model(model, groups, options, device=backend.device)
-    weights = local_weights(model, groups.layout, groups.rank, raw_chunks)
+    spec = Spec(
+        fused_norms=settings.layer_spec == "transformer_engine",
+        grouped_experts=settings.grouped_gemm,
+    )
+    weights = local_weights(model, groups.layout, groups.rank, raw_chunks, spec)
     initialize(weights, model.init, seed=seed)
     chunks = wrap_chunks(config, raw_chunks, overlap=settings.overlap_grad_reduce)
     optimizer = open_optimizer(config, chunks, settings)

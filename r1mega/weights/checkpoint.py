@@ -18,12 +18,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
+from r1mega.parallel.layout import Layout
 from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights.local import LocalWeights, region_owners
 from r1mega.weights.slices import CHECKPOINT_INDEX
@@ -72,45 +73,60 @@ def save(
 ) -> Path:
     """Write one checkpoint; raises CheckpointError on every rank when any rank could not write."""
     folder = step_folder(checkpoints, progress.step)
-    partial = checkpoints / f".{folder.name}.partial"
-    if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / REFERENCE).mkdir(parents=True)
-    dist.barrier(groups.world)
-    report = _write_shards(partial, weights, reference, optimizer, rng)
-    reports = gather_records(report, _Report, group=groups.world, device=device)
-    if errors := [r.error for r in reports if r.error]:
-        if groups.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder} was not written: {errors[0]}; the run's last checkpoint stands"
-        )
-    if groups.rank == 0:
-        _commit(partial, folder, progress, weights, reference is not None, reports)
-    dist.barrier(groups.world)
+    partial = _partial(folder)
+    first = groups.rank == 0
+
+    def together(work: Callable[[], _Files]) -> _Files:
+        """Every rank does its ``work``; what all of them wrote, or the same error everywhere."""
+        try:
+            report = _Report(files=work())
+        except (OSError, SafetensorError) as error:
+            report = _Report(files={}, error=f"rank {groups.rank}: {error}")
+        reports = gather_records(report, _Report, group=groups.world, device=device)
+        if errors := [r.error for r in reports if r.error]:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{folder} was not written: {errors[0]}; the run's last checkpoint stands"
+            )
+        return {name: entry for r in reports for name, entry in r.files.items()}
+
+    together(lambda: _start(partial) if first else {})
+    files = together(lambda: _write_shards(partial, weights, reference, optimizer, rng))
+    has_reference = reference is not None
+    together(
+        lambda: _commit(partial, folder, progress, weights, has_reference, files) if first else {}
+    )
     return folder
 
 
-def verify(folder: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing or not as it was written."""
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a whole checkpoint")
-    for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items():
+def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Raises CheckpointError naming the first file that is missing or not as it was written.
+
+    ``parts`` callers with one ``part`` each read every file once between them.
+    """
+    for name, entry in list(_manifest(folder).items())[part::parts]:
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing: restore it or use another checkpoint")
-        if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
+        try:
+            whole = path.stat().st_size == entry["bytes"] and digest(path) == entry["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if not whole:
             raise CheckpointError(
                 f"{path} is damaged (its SHA-256 is not the manifest's): use another checkpoint"
             )
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why any newer one was skipped."""
+def newest(
+    checkpoints: Path, verified: Callable[[Path], None] = verify
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is ``verified``, and why any newer one was skipped."""
     skipped: list[str] = []
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in _folders(checkpoints)[::-1]:
         try:
-            verify(folder)
+            verified(folder)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -118,16 +134,21 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def newest_committed(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that was finished; nothing but its manifest is read."""
+    return next((f for f in _folders(checkpoints)[::-1] if (f / MANIFEST).is_file()), None)
+
+
 def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / STATE).read_text())["progress"])
 
 
-def check_resumable(folder: Path, weights: LocalWeights) -> None:
+def check_resumable(folder: Path, model: schema.Model, layout: Layout) -> None:
     """Raises CheckpointError when the network or the layout differ from what was saved."""
     state = json.loads((folder / STATE).read_text())
-    if differing := _differences(state["model"], _network(weights.model)):
+    if differing := _differences(state["model"], _network(model)):
         raise CheckpointError(f"{folder} is a checkpoint of another model: {differing}")
-    if differing := _differences(state["layout"], asdict(weights.layout)):
+    if differing := _differences(state["layout"], asdict(layout)):
         raise CheckpointError(
             f"{folder} was written under another layout ({differing}); resume under the old one, "
             f"or start a new run from its weights with model.init={folder}"
@@ -139,10 +160,14 @@ def load_rank_tensors(folder: Path, kind: str, rank: int) -> dict[str, Tensor]:
     return load_file(folder / _shard(kind, rank))
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints."""
-    for folder in sorted(checkpoints.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(folder)
+def prune(newest: Path, keep_last: int) -> None:
+    """Of the checkpoints up to ``newest`` keep the last ``keep_last``.
+
+    A later one can only be one that did not verify: it must not crowd out those that do.
+    """
+    up_to_newest = [folder for folder in _folders(newest.parent) if folder.name <= newest.name]
+    for folder in up_to_newest[:-keep_last]:
+        _remove(folder)
 
 
 def digest(path: Path) -> str:
@@ -150,12 +175,52 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_Files = dict[str, tuple[int, str]]  # file name -> (bytes, SHA-256)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Report:
-    """What a rank wrote: file name -> (bytes, SHA-256), or why it could not."""
+    """What a rank wrote, or why it could not."""
 
-    files: dict[str, tuple[int, str]]
+    files: _Files
     error: str = ""
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The files of a checkpoint, with their sizes and digests."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a whole checkpoint")
+    try:
+        files: dict[str, Any] = json.loads(path.read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return files
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(checkpoints.glob("step_*"))
+
+
+def _partial(folder: Path) -> Path:
+    """Where a checkpoint is while it is made or removed."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _start(partial: Path) -> _Files:
+    """An empty folder, after clearing away what a kill left of this one and of others."""
+    for leftover in partial.parent.glob(_partial(Path("step_*")).name):
+        shutil.rmtree(leftover)
+    (partial / REFERENCE).mkdir(parents=True)
+    return {}
+
+
+def _remove(folder: Path) -> None:
+    """At no moment does something with a checkpoint's name lack some of its files."""
+    partial = _partial(folder)
+    folder.rename(partial)
+    shutil.rmtree(partial)
 
 
 def _shard(kind: str, rank: int) -> str:
@@ -168,8 +233,8 @@ def _write_shards(
     reference: list[Tensor] | None,
     optimizer: dict[str, Tensor],
     rng: dict[str, Tensor],
-) -> _Report:
-    files: dict[str, tuple[int, str]] = {}
+) -> _Files:
+    files: _Files = {}
 
     def write(name: str, tensors: dict[str, Tensor]) -> None:
         path = partial / name
@@ -178,20 +243,17 @@ def _write_shards(
             os.fsync(file.fileno())
         files[name] = (path.stat().st_size, digest(path))
 
-    try:
-        write(_shard("weights", weights.rank), _owned_regions(weights))
-        write(_shard("optimizer", weights.rank), optimizer)
-        write(_shard("rng", weights.rank), rng)
-        if reference is not None:
+    write(_shard("weights", weights.rank), _owned_regions(weights))
+    write(_shard("optimizer", weights.rank), optimizer)
+    write(_shard("rng", weights.rank), rng)
+    if reference is not None:
+        weights.swap(reference)
+        try:
+            held = _owned_regions(weights)
+        finally:
             weights.swap(reference)
-            try:
-                held = _owned_regions(weights)
-            finally:
-                weights.swap(reference)
-            write(f"{REFERENCE}/{_shard('weights', weights.rank)}", held)
-    except (OSError, SafetensorError) as error:
-        return _Report(files={}, error=f"rank {weights.rank}: {error}")
-    return _Report(files=files)
+        write(f"{REFERENCE}/{_shard('weights', weights.rank)}", held)
+    return files
 
 
 def _owned_regions(weights: LocalWeights) -> dict[str, Tensor]:
@@ -209,8 +271,8 @@ def _commit(
     progress: Progress,
     weights: LocalWeights,
     has_reference: bool,
-    reports: list[_Report],
-) -> None:
+    files: _Files,
+) -> _Files:
     index = json.dumps(_index(weights))
     state = {
         "format": FORMAT,
@@ -223,7 +285,6 @@ def _commit(
         texts[f"{REFERENCE}/{CHECKPOINT_INDEX}"] = index
     else:
         (partial / REFERENCE).rmdir()
-    files = {name: entry for report in reports for name, entry in report.files.items()}
     for name, text in texts.items():
         write_atomically(partial / name, text)
         files[name] = (len(text.encode()), digest(partial / name))
@@ -236,6 +297,7 @@ def _commit(
         shutil.rmtree(folder)
     partial.rename(folder)
     sync_folder(folder.parent)
+    return files
 
 
 def _index(weights: LocalWeights) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.names import ParameterSlice, Region, parameter_slices
+from r1mega.weights.names import ParameterSlice, Region, Spec, parameter_slices
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
@@ -60,9 +60,10 @@ def local_weights(
     layout: Layout,
     rank: int,
     chunks: Sequence[torch.nn.Module],
+    spec: Spec,
 ) -> LocalWeights:
     """Pair the table's slices with ``chunks``; they must name exactly the same tensors."""
-    slices = parameter_slices(model, layout, rank)
+    slices = parameter_slices(model, layout, rank, spec)
     tensors = tuple(_named_tensors(chunk) for chunk in chunks)
     for number, held in enumerate(tensors):
         named = {piece.megatron_name for piece in slices if piece.chunk == number}

@@ -6,7 +6,7 @@ rank's Megatron tensor; no other layout change is needed for DeepSeek-V3 (Megatr
 rotary weights interleaved, as Hugging Face stores them). Pure Python: imports no torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -15,22 +15,35 @@ from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 
 Region = tuple[tuple[int, int], ...]  # half-open (start, stop) per dimension
-Scope = Literal["first", "last", "layer", "dense", "moe", "expert"]
+Scope = Literal["first", "layer", "dense", "moe", "expert", "last"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One kind of parameter. ``cut`` is the dimension split over tp (etp inside an expert).
+    """One kind of parameter, named within its scope's prefix.
 
-    ``part`` (i, n): the i-th of n Hugging Face tensors stacked in one Megatron tensor along dim 0.
+    ``shape`` names entries of ``_sizes``. ``cut`` is the dimension split over tp (over etp inside
+    an expert). ``part`` (i, n): the i-th of n Hugging Face tensors stacked in one Megatron tensor
+    along dim 0. ``fused`` is the name under TransformerEngine's spec, which folds some norms into
+    the linear layer behind them. ``q_lora``: only with, or only without, a query LoRA.
     """
 
     scope: Scope
     hf: str
     megatron: str
-    shape: Callable[[schema.Model], tuple[int, ...]]
+    shape: str
     cut: int | None = None
     part: tuple[int, int] = (0, 1)
+    fused: str | None = None
+    q_lora: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Which modules the network is built of, as far as it changes names."""
+
+    fused_norms: bool = False  # TransformerEngine's layer spec
+    grouped_experts: bool = False  # TEGroupedMLP: one tensor per expert in one module
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,160 +58,76 @@ class ParameterSlice:
     target: Region
 
 
-def _gated(scope: Scope, hf: str, megatron: str, width: Callable[[schema.Model], int]) -> list[Row]:
-    """gate, up and down projections: Megatron stacks gate over up in linear_fc1."""
+# fmt: off
+TABLE = (
+    Row("first", "model.embed_tokens.weight", "embedding.word_embeddings.weight",
+        "vocab hidden", 0),
+    Row("layer", "input_layernorm.weight", "input_layernorm.weight", "hidden"),
+    Row("layer", "self_attn.q_proj.weight", "self_attention.linear_q_proj.weight",
+        "queries hidden", 0, q_lora=False),
+    Row("layer", "self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight",
+        "q_rank hidden", q_lora=True),
+    Row("layer", "self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight",
+        "q_rank", fused="self_attention.linear_q_up_proj.layer_norm_weight", q_lora=True),
+    Row("layer", "self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight",
+        "queries q_rank", 0, q_lora=True),
+    Row("layer", "self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight",
+        "latent hidden"),
+    Row("layer", "self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight",
+        "kv_rank", fused="self_attention.linear_kv_up_proj.layer_norm_weight"),
+    Row("layer", "self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight",
+        "keys_values kv_rank", 0),
+    Row("layer", "self_attn.o_proj.weight", "self_attention.linear_proj.weight",
+        "hidden values", 1),
+    Row("dense", "post_attention_layernorm.weight", "pre_mlp_layernorm.weight",
+        "hidden", fused="mlp.linear_fc1.layer_norm_weight"),
+    Row("dense", "mlp.gate_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, (0, 2)),
+    Row("dense", "mlp.up_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, (1, 2)),
+    Row("dense", "mlp.down_proj.weight", "mlp.linear_fc2.weight", "hidden dense", 1),
+    Row("moe", "post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "hidden"),
+    Row("moe", "mlp.gate.weight", "mlp.router.weight", "experts hidden"),
+    Row("moe", "mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "experts"),
+    Row("moe", "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.linear_fc1.weight",
+        "shared hidden", 0, (0, 2)),
+    Row("moe", "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.linear_fc1.weight",
+        "shared hidden", 0, (1, 2)),
+    Row("moe", "mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight",
+        "hidden shared", 1),
+    Row("expert", "gate_proj.weight", "linear_fc1.weight", "expert hidden", 0, (0, 2)),
+    Row("expert", "up_proj.weight", "linear_fc1.weight", "expert hidden", 0, (1, 2)),
+    Row("expert", "down_proj.weight", "linear_fc2.weight", "hidden expert", 1),
+    Row("last", "model.norm.weight", "decoder.final_layernorm.weight", "hidden"),
+    Row("last", "lm_head.weight", "output_layer.weight", "vocab hidden", 0),
+)
+# fmt: on
+
+
+def _sizes(m: schema.Model) -> dict[str, int]:
+    """The names that ``Row.shape`` uses."""
+    return {
+        "vocab": m.vocab_size,
+        "hidden": m.hidden_size,
+        "q_rank": m.q_lora_rank or 0,
+        "queries": m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim),
+        "latent": m.kv_lora_rank + m.qk_rope_head_dim,
+        "kv_rank": m.kv_lora_rank,
+        "keys_values": m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim),
+        "values": m.num_attention_heads * m.v_head_dim,
+        "dense": m.intermediate_size,
+        "experts": m.n_routed_experts,
+        "shared": m.n_shared_experts * m.moe_intermediate_size,
+        "expert": m.moe_intermediate_size,
+    }
+
+
+def _rows(model: schema.Model) -> list[tuple[Row, tuple[int, ...]]]:
+    """The rows that this network has, each with its full Hugging Face shape."""
+    sizes = _sizes(model)
+    has_q_lora = model.q_lora_rank is not None
     return [
-        Row(
-            scope,
-            f"{hf}.{name}_proj.weight",
-            f"{megatron}.linear_fc1.weight",
-            lambda m: (width(m), m.hidden_size),
-            cut=0,
-            part=(i, 2),
-        )
-        for i, name in enumerate(("gate", "up"))
-    ] + [
-        Row(
-            scope,
-            f"{hf}.down_proj.weight",
-            f"{megatron}.linear_fc2.weight",
-            lambda m: (m.hidden_size, width(m)),
-            cut=1,
-        )
-    ]
-
-
-def _query_size(m: schema.Model) -> int:
-    return m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
-
-
-_HF = "model.layers.{layer}."
-_MG = "decoder.layers.{local_layer}."
-_HF_ATTN, _MG_ATTN = _HF + "self_attn.", _MG + "self_attention."
-
-
-def _query_rows(model: schema.Model) -> list[Row]:
-    if model.q_lora_rank is None:
-        return [
-            Row(
-                "layer",
-                _HF_ATTN + "q_proj.weight",
-                _MG_ATTN + "linear_q_proj.weight",
-                lambda m: (_query_size(m), m.hidden_size),
-                cut=0,
-            )
-        ]
-    rank = model.q_lora_rank
-    return [
-        Row(
-            "layer",
-            _HF_ATTN + "q_a_proj.weight",
-            _MG_ATTN + "linear_q_down_proj.weight",
-            lambda m: (rank, m.hidden_size),
-        ),
-        Row(
-            "layer",
-            _HF_ATTN + "q_a_layernorm.weight",
-            _MG_ATTN + "q_layernorm.weight",
-            lambda m: (rank,),
-        ),
-        Row(
-            "layer",
-            _HF_ATTN + "q_b_proj.weight",
-            _MG_ATTN + "linear_q_up_proj.weight",
-            lambda m: (_query_size(m), rank),
-            cut=0,
-        ),
-    ]
-
-
-def rows(model: schema.Model) -> list[Row]:
-    """The table for one network, in the order of a forward pass."""
-    return [
-        Row(
-            "first",
-            "model.embed_tokens.weight",
-            "embedding.word_embeddings.weight",
-            lambda m: (m.vocab_size, m.hidden_size),
-            cut=0,
-        ),
-        Row(
-            "layer",
-            _HF + "input_layernorm.weight",
-            _MG + "input_layernorm.weight",
-            lambda m: (m.hidden_size,),
-        ),
-        *_query_rows(model),
-        Row(
-            "layer",
-            _HF_ATTN + "kv_a_proj_with_mqa.weight",
-            _MG_ATTN + "linear_kv_down_proj.weight",
-            lambda m: (m.kv_lora_rank + m.qk_rope_head_dim, m.hidden_size),
-        ),
-        Row(
-            "layer",
-            _HF_ATTN + "kv_a_layernorm.weight",
-            _MG_ATTN + "kv_layernorm.weight",
-            lambda m: (m.kv_lora_rank,),
-        ),
-        Row(
-            "layer",
-            _HF_ATTN + "kv_b_proj.weight",
-            _MG_ATTN + "linear_kv_up_proj.weight",
-            lambda m: (m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank),
-            cut=0,
-        ),
-        Row(
-            "layer",
-            _HF_ATTN + "o_proj.weight",
-            _MG_ATTN + "linear_proj.weight",
-            lambda m: (m.hidden_size, m.num_attention_heads * m.v_head_dim),
-            cut=1,
-        ),
-        Row(
-            "layer",
-            _HF + "post_attention_layernorm.weight",
-            _MG + "pre_mlp_layernorm.weight",
-            lambda m: (m.hidden_size,),
-        ),
-        *_gated("dense", _HF + "mlp", _MG + "mlp", lambda m: m.intermediate_size),
-        Row(
-            "moe",
-            _HF + "mlp.gate.weight",
-            _MG + "mlp.router.weight",
-            lambda m: (m.n_routed_experts, m.hidden_size),
-        ),
-        Row(
-            "moe",
-            _HF + "mlp.gate.e_score_correction_bias",
-            _MG + "mlp.router.expert_bias",
-            lambda m: (m.n_routed_experts,),
-        ),
-        *_gated(
-            "moe",
-            _HF + "mlp.shared_experts",
-            _MG + "mlp.shared_experts",
-            lambda m: m.n_shared_experts * m.moe_intermediate_size,
-        ),
-        *_gated(
-            "expert",
-            _HF + "mlp.experts.{expert}",
-            _MG + "mlp.experts.local_experts.{local_expert}",
-            lambda m: m.moe_intermediate_size,
-        ),
-        Row(
-            "last",
-            "model.norm.weight",
-            "decoder.final_layernorm.weight",
-            lambda m: (m.hidden_size,),
-        ),
-        Row(
-            "last",
-            "lm_head.weight",
-            "output_layer.weight",
-            lambda m: (m.vocab_size, m.hidden_size),
-            cut=0,
-        ),
+        (row, tuple(sizes[name] for name in row.shape.split()))
+        for row in TABLE
+        if row.q_lora in (None, has_q_lora)
     ]
 
 
@@ -210,71 +139,89 @@ def hf_shapes(model: schema.Model) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(model: schema.Model, *, active: bool = False) -> int:
     """Weights of the network; ``active``: those one token passes through (its experts only)."""
-    total = 0
-    dense = model.first_k_dense_replace
-    experts = model.num_experts_per_tok if active else model.n_routed_experts
+    moe = model.num_hidden_layers - model.first_k_dense_replace
     times = {
         "first": 1,
-        "last": 1,
         "layer": model.num_hidden_layers,
-        "dense": dense,
-        "moe": model.num_hidden_layers - dense,
-        "expert": (model.num_hidden_layers - dense) * experts,
+        "dense": model.first_k_dense_replace,
+        "moe": moe,
+        "expert": moe * (model.num_experts_per_tok if active else model.n_routed_experts),
+        "last": 1,
     }
-    for row in rows(model):
-        total += times[row.scope] * prod(row.shape(model))
-    return total
+    return sum(times[row.scope] * prod(shape) for row, shape in _rows(model))
 
 
-def parameter_slices(model: schema.Model, layout: Layout, rank: int) -> list[ParameterSlice]:
-    """Which rectangle of which Hugging Face tensor ``rank`` holds, in the order of a forward
-    pass."""
+def parameter_slices(
+    model: schema.Model, layout: Layout, rank: int, spec: Spec = Spec()
+) -> list[ParameterSlice]:
+    """Which rectangle of which Hugging Face tensor ``rank`` holds, in forward order."""
     place = layout.coordinates(rank)
-    table = rows(model)
-    slices: list[ParameterSlice] = []
+    rows = _rows(model)
+    return [
+        _slice(row, shape, at, chunk, place, layout, spec)
+        for chunk, scope, at in _places(model, layout, place)
+        for row, shape in rows
+        if row.scope == scope
+    ]
+
+
+def _places(
+    model: schema.Model, layout: Layout, place: dict[str, int]
+) -> Iterator[tuple[int, Scope, dict[str, int]]]:
+    """(chunk, scope, numbers in names) of all that a rank at ``place`` holds, in forward order."""
+    num_experts = model.n_routed_experts // layout.ep
     for chunk, layers in enumerate(layout.stage_layers(model.num_hidden_layers)[place["pp"]]):
         if layers.start == 0:
-            slices += _slices(_scoped(table, "first"), model, layout, place, chunk, {})
+            yield chunk, "first", {}
         for local_layer, layer in enumerate(layers):
-            scopes = ("layer", "dense" if layer < model.first_k_dense_replace else "moe")
             at = {"layer": layer, "local_layer": local_layer}
-            slices += _slices(_scoped(table, *scopes), model, layout, place, chunk, at)
-            if layer >= model.first_k_dense_replace:
-                for local_expert, expert in enumerate(_experts(model, layout, place)):
-                    at = at | {"expert": expert, "local_expert": local_expert}
-                    slices += _slices(_scoped(table, "expert"), model, layout, place, chunk, at)
+            yield chunk, "layer", at
+            if layer < model.first_k_dense_replace:
+                yield chunk, "dense", at
+                continue
+            yield chunk, "moe", at
+            for local_expert in range(num_experts):
+                expert = place["ep"] * num_experts + local_expert
+                yield chunk, "expert", at | {"expert": expert, "local_expert": local_expert}
         if layers.stop == model.num_hidden_layers:
-            slices += _slices(_scoped(table, "last"), model, layout, place, chunk, {})
-    return slices
+            yield chunk, "last", {}
 
 
-def _scoped(table: list[Row], *scopes: str) -> list[Row]:
-    return [row for row in table if row.scope in scopes]
-
-
-def _experts(model: schema.Model, layout: Layout, place: dict[str, int]) -> range:
-    size = model.n_routed_experts // layout.ep
-    return range(place["ep"] * size, (place["ep"] + 1) * size)
-
-
-def _slices(
-    table: list[Row],
-    model: schema.Model,
-    layout: Layout,
-    place: dict[str, int],
-    chunk: int,
+def _slice(
+    row: Row,
+    shape: tuple[int, ...],
     at: dict[str, int],
-) -> Iterator[ParameterSlice]:
-    for row in table:
-        axis = "etp" if row.scope == "expert" else "tp"
-        shape = row.shape(model)
-        region = _cut(shape, row.cut, place[axis], layout.size(axis))
-        sizes = [stop - start for start, stop in region]
-        offset = row.part[0] * sizes[0]
-        target = ((offset, offset + sizes[0]), *((0, size) for size in sizes[1:]))
-        yield ParameterSlice(
-            row.hf.format(**at), shape, region, chunk, row.megatron.format(**at), target
-        )
+    chunk: int,
+    place: dict[str, int],
+    layout: Layout,
+    spec: Spec,
+) -> ParameterSlice:
+    axis = "etp" if row.scope == "expert" else "tp"
+    region = _cut(shape, row.cut, place[axis], layout.size(axis))
+    sizes = [stop - start for start, stop in region]
+    offset = row.part[0] * sizes[0]
+    target = ((offset, offset + sizes[0]), *((0, size) for size in sizes[1:]))
+    hf_name = _hf_name(row).format(**at)
+    return ParameterSlice(
+        hf_name, shape, region, chunk, _megatron_name(row, spec).format(**at), target
+    )
+
+
+def _hf_name(row: Row) -> str:
+    if row.scope in ("first", "last"):
+        return row.hf
+    experts = "mlp.experts.{expert}." if row.scope == "expert" else ""
+    return "model.layers.{layer}." + experts + row.hf
+
+
+def _megatron_name(row: Row, spec: Spec) -> str:
+    name = row.fused if row.fused is not None and spec.fused_norms else row.megatron
+    if row.scope in ("first", "last"):
+        return name
+    if row.scope == "expert" and spec.grouped_experts:
+        return "decoder.layers.{local_layer}.mlp.experts." + name + "{local_expert}"
+    experts = "mlp.experts.local_experts.{local_expert}." if row.scope == "expert" else ""
+    return "decoder.layers.{local_layer}." + experts + name
 
 
 def _cut(shape: tuple[int, ...], dim: int | None, index: int, parts: int) -> Region:

@@ -9,10 +9,12 @@ import torch
 from tests.distributed import tiny
 from tests.distributed.launch import run_ranks
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world": 2},
     "tp2 with whole experts": {"world": 2, "tp": 2},
     "tp2 pp2 ep2": {"world": 4, "tp": 2, "pp": 2, "ep": 2},
+    "pp2 vpp2": {"world": 2, "pp": 2, "vpp": 2},
+    "tp2 ep2 etp2": {"world": 4, "tp": 2, "ep": 2, "etp": 2},
 }
 
 
@@ -34,6 +36,32 @@ def learner_facts(init: str, **axes: Any) -> dict[str, Any]:
             if tensor is not None
         },
         "second": learner.update(batch, loss, lr=1e-3),
+    }
+
+
+def gradient_facts(init: str, **axes: Any) -> dict[str, Any]:
+    """Runs on every rank: the gradient of a next-token loss, under Hugging Face names."""
+    from r1mega.algorithms.losses import next_token_loss
+    from r1mega.learner.pipeline import run_pipeline
+
+    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
+    for chunk in learner.chunks:
+        chunk.zero_grad_buffer()
+    run_pipeline(
+        learner.chunks,
+        learner.microbatches(tiny.random_batch()),
+        loss=next_token_loss,
+        temperature=1.0,
+        chunk_tokens=16,
+    )
+    with torch.no_grad():
+        for chunk in learner.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    return {
+        name: tensor.flatten().tolist()
+        for name, tensor in learner.hf_tensors()
+        if tensor is not None
     }
 
 
@@ -79,3 +107,18 @@ def test_layout_equals_single_process(name: str, checkpoint: Any, single: dict[s
             assert facts["metrics"][key] == pytest.approx(single["metrics"][key], rel=1e-5), key
             assert facts["second"][key] == pytest.approx(single["second"][key], rel=1e-5), key
     assert ranks[0]["norms"] == pytest.approx(single["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["single", "tp2 pp2 ep2"])
+def test_gradients_equal_transformers(name: str, checkpoint: Any) -> None:
+    """Every parameter's gradient, relative to the largest entry of its tensor."""
+    folder, network = checkpoint
+    theirs = tiny.transformers_gradients(network, tiny.random_batch())
+    axes = LAYOUTS.get(name, {"world": 1})
+    mine = run_ranks(__name__, "gradient_facts", init=str(folder), **axes)[0]
+    mine = {n: g for n, g in mine.items() if not n.endswith("e_score_correction_bias")}
+    assert mine.keys() == theirs.keys()
+    for parameter, gradient in mine.items():
+        expected = theirs[parameter].flatten()
+        difference = (torch.tensor(gradient) - expected).abs().max()
+        assert difference <= 1e-5 * expected.abs().max(), parameter

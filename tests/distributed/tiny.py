@@ -100,5 +100,31 @@ def transformers_model(learner_model: schema.Model, folder: Path) -> Any:
     return network
 
 
+def transformers_gradients(network: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """Gradients of the weighted next-token loss, under the names that save_pretrained writes."""
+    network.zero_grad()
+    loss = torch.zeros(())
+    for s in batch.sequences:
+        table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
+        targets = torch.tensor(s.token_ids[s.start :])
+        rows = torch.arange(s.start - 1, len(s.token_ids) - 1)
+        loss = loss - s.weight * table[rows, targets].sum()
+    loss.backward()
+    gradients = {}
+    for name, parameter in network.named_parameters():
+        stem = name.rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):  # one tensor for all experts, in memory only
+            for expert, gradient in enumerate(parameter.grad):
+                gate, up = gradient.chunk(2)
+                gradients[f"{stem}.{expert}.gate_proj.weight"] = gate
+                gradients[f"{stem}.{expert}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for expert, gradient in enumerate(parameter.grad):
+                gradients[f"{stem}.{expert}.down_proj.weight"] = gradient
+        else:
+            gradients[name] = parameter.grad
+    return gradients
+
+
 def with_init(folder: Path) -> schema.Model:
     return dataclasses.replace(MODEL, init=str(folder))

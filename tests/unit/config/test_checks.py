@@ -26,6 +26,11 @@ SINGLE = {
     "cluster.learner_processes_per_node=3 parallel.pp=2": (
         "tp=1 * pp=2 * cp=1 = 2 must divide the learner's 3 ranks"
     ),
+    "cluster.learner_processes_per_node=2 parallel.cp=2": (
+        "parallel.cp=2: context parallelism is not built yet; use cp=1"
+    ),
+    "model.tie_word_embeddings=true": "model.tie_word_embeddings=true: DeepSeek-V3 has a head",
+    "learner.dispatcher=allgather": "learner.dispatcher=allgather needs microbatches of equal",
     "parallel.ep=2": "ep=2 * etp=1 = 2 must divide the 1 ranks of a pipeline stage",
     "cluster.learner_processes_per_node=4 parallel.etp=2 parallel.ep=4": (
         "ep=4 * etp=2 = 8 must divide the 4 ranks of a pipeline stage (tp=1 * cp=1 * dp=4)"
@@ -194,7 +199,7 @@ def test_all_violations_come_at_once() -> None:
 VALID = [
     # Experts fold tp * cp * dp: tp2 pp2 ep2 needs four ranks, not eight.
     "parallel.tp=2 parallel.pp=2 parallel.ep=2 cluster.learner_processes_per_node=4",
-    "parallel.cp=2 parallel.ep=4 parallel.etp=2 cluster.learner_processes_per_node=8",
+    "parallel.tp=2 parallel.ep=4 parallel.etp=2 cluster.learner_processes_per_node=8",
     "PP4 model.num_hidden_layers=8 parallel.vpp=2",
     "PP4 model.num_hidden_layers=61 parallel.layers_in_last_stage=13",
     "parallel.pp=2 cluster.learner_processes_per_node=2 parallel.layers_in_first_stage=1 "

@@ -8,16 +8,17 @@ from r1mega.learner.packing import pack
 lengths = st.lists(st.integers(1, 300), max_size=60)
 
 
-@given(lengths, st.integers(1, 5), st.integers(50, 500))
-def test_invariants(lengths: list[int], dp: int, budget: int) -> None:
-    parts = pack(lengths, dp=dp, tokens_per_microbatch=budget)
+@given(lengths, st.integers(1, 5), st.integers(50, 500), st.integers(1, 3))
+def test_invariants(lengths: list[int], dp: int, budget: int, multiple: int) -> None:
+    parts = pack(lengths, dp=dp, tokens_per_microbatch=budget, multiple=multiple)
     assert len(parts) == dp
+    assert len(parts[0]) % multiple == 0
     assert len({len(part) for part in parts}) == 1
     assert sorted(i for part in parts for b in part for i in b) == list(range(len(lengths)))
     for part in parts:
         for b in part:
             assert len(b) <= 1 or sum(lengths[i] for i in b) <= budget
-    assert parts == pack(lengths, dp=dp, tokens_per_microbatch=budget)
+    assert parts == pack(lengths, dp=dp, tokens_per_microbatch=budget, multiple=multiple)
 
 
 @given(st.integers(1, 5))

@@ -10,7 +10,7 @@ import pytest
 from r1mega.config import schema
 from r1mega.model.hf_config import model_from_hf
 from r1mega.parallel.layout import Layout
-from r1mega.weights.names import Region, count_parameters, hf_shapes, parameter_slices
+from r1mega.weights.names import Region, Spec, count_parameters, hf_shapes, parameter_slices
 
 DATA = Path(os.environ.get("R1MEGA_DATA", Path(__file__).parents[4] / "shared" / "data"))
 TINY = schema.Model()
@@ -62,3 +62,25 @@ def test_the_671b_network_has_transformers_names_and_shapes() -> None:
             assert shapes[name] == tuple(shape)
     assert count_parameters(model) == sum(prod(shape) for shape in theirs.values())
     assert count_parameters(model) == 671_026_419_200 == sum(map(prod, shapes.values()))
+
+
+def test_transformer_engine_folds_norms_and_groups_experts() -> None:
+    """Names of megatron-core 0.16.1's TE spec for MLA and of TEGroupedMLP, by its source."""
+    spec = Spec(fused_norms=True, grouped_experts=True)
+    layout = Layout(world=2, ep=2)
+    names = {s.hf_name: s.megatron_name for s in parameter_slices(TINY, layout, 1, spec)}
+    layer, attention = "model.layers.1.", "decoder.layers.1.self_attention."
+    expected = {
+        layer + "input_layernorm.weight": "decoder.layers.1.input_layernorm.weight",
+        layer + "self_attn.q_a_layernorm.weight": attention + "linear_q_up_proj.layer_norm_weight",
+        layer + "self_attn.kv_a_layernorm.weight": attention
+        + "linear_kv_up_proj.layer_norm_weight",
+        layer + "post_attention_layernorm.weight": "decoder.layers.1.pre_mlp_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight": (
+            "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+        ),
+        layer + "mlp.experts.5.up_proj.weight": "decoder.layers.1.mlp.experts.linear_fc1.weight1",
+        layer + "mlp.experts.5.down_proj.weight": "decoder.layers.1.mlp.experts.linear_fc2.weight1",
+    }
+    assert {name: names[name] for name in expected} == expected
+    assert names.keys() == {s.hf_name for s in parameter_slices(TINY, layout, 1)}

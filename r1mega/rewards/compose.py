@@ -5,57 +5,46 @@ its weight. A score with an error has value 0 but says nothing about the respons
 leaves it out, and the metrics here count it apart.
 """
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
 from statistics import fmean, pstdev
 
 from r1mega.config.schema import Rewards
-from r1mega.records import Prompt, Sample, Score
-from r1mega.rewards.format import follows_format
+from r1mega.records import Prompt, Reward, Sample, Score
+from r1mega.rewards.format import format_reward
 from r1mega.rewards.math import MathReward
 
 
-class FormatReward:
-    """1 for a response in the template of R1-Zero, else 0."""
-
-    def __call__(self, pairs: list[tuple[Prompt, Sample]]) -> list[Score]:
-        values = [float(follows_format(sample.text)) for _, sample in pairs]
-        return [
-            Score(value=value, parts={"format": value}, reason="" if value else "wrong format")
-            for value in values
-        ]
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
+@dataclass(frozen=True, slots=True)
 class WeightedReward:
-    """The sum of (weight, reward) terms."""
+    """The sum of (weight, reward) terms; ``close()`` ends the workers."""
 
-    def __init__(self, terms: Sequence[tuple[float, MathReward | FormatReward]]) -> None:
-        self._terms = tuple(terms)
+    terms: tuple[tuple[float, Reward], ...]
+    math: MathReward | None
 
     def __call__(self, pairs: list[tuple[Prompt, Sample]]) -> list[Score]:
-        weights = [weight for weight, _ in self._terms]
-        columns = [reward(pairs) for _, reward in self._terms]
+        weights = [weight for weight, _ in self.terms]
+        columns = [reward(pairs) for _, reward in self.terms]
         return [weighted_sum(weights, scores) for scores in zip(*columns, strict=True)]
 
     def close(self) -> None:
-        for _, reward in self._terms:
-            reward.close()
+        if self.math is not None:
+            self.math.close()
 
 
 def compose(rewards: Rewards) -> WeightedReward:
     """The reward that the section describes; a part with weight 0 is neither computed nor shown."""
-    terms: list[tuple[float, MathReward | FormatReward]] = []
+    terms: list[tuple[float, Reward]] = []
+    math = None
     if rewards.accuracy:
-        workers, seconds = rewards.math_workers, rewards.math_timeout_s
-        terms.append((rewards.accuracy, MathReward(num_workers=workers, cpu_seconds=seconds)))
+        math = MathReward(num_workers=rewards.math_workers, cpu_seconds=rewards.math_timeout_s)
+        terms.append((rewards.accuracy, math))
     if rewards.format:
-        terms.append((rewards.format, FormatReward()))
+        terms.append((rewards.format, format_reward))
     if not terms:
         raise ValueError("rewards.accuracy and rewards.format are both 0: give one of them weight")
-    return WeightedReward(terms)
+    return WeightedReward(tuple(terms), math)
 
 
 def weighted_sum(weights: Sequence[float], scores: Sequence[Score]) -> Score:
@@ -90,7 +79,7 @@ def reward_metrics(scores: Sequence[Score]) -> dict[str, float]:
 def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
     """End the run when the machinery, not the policy, decides too many rewards of a rollout."""
     errors = [score.error for score in scores if score.error is not None]
-    allowed = math.floor(max_error_fraction * len(scores))
+    allowed = floor(max_error_fraction * len(scores))
     if len(errors) > allowed:
         raise RuntimeError(
             f"{len(errors)} of {len(scores)} rewards failed (rewards.max_error_fraction="

@@ -21,22 +21,15 @@ class MathReward:
         self._pool = WorkerPool(load_equality, num_workers=num_workers, limits=limits)
 
     def __call__(self, pairs: list[tuple[Prompt, Sample]]) -> list[Score]:
-        answers = [extract_answer(sample.text) for _, sample in pairs]
-        golds = [prompt.answer.strip() for prompt, _ in pairs]
-        scores = [_score_text(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
-        # A group often repeats itself: each distinct comparison is made once.
-        open_questions = list(
-            dict.fromkeys(
-                question
-                for question, score in zip(zip(golds, answers, strict=True), scores, strict=True)
-                if score is None
-            )
-        )
-        results = dict(zip(open_questions, self._pool.map(open_questions), strict=True))
-        return [
-            score or _score_result(results[gold, answer])
-            for gold, answer, score in zip(golds, answers, scores, strict=True)
+        questions = [
+            (prompt.answer.strip(), extract_answer(sample.text)) for prompt, sample in pairs
         ]
+        scores = {pair: score for pair in questions if (score := _score_text(*pair)) is not None}
+        # A group often repeats itself: each distinct comparison is made once.
+        unsettled = list(dict.fromkeys(pair for pair in questions if pair not in scores))
+        results = self._pool.map(unsettled)
+        scores |= {p: _score_result(r) for p, r in zip(unsettled, results, strict=True)}
+        return [scores[pair] for pair in questions]
 
     def close(self) -> None:
         self._pool.close()

@@ -3,9 +3,10 @@
 Shapes: P prompts, K responses of each. ``correct_PK`` holds 1 or 0 (True or False).
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from math import comb
-from operator import eq
+from operator import itemgetter
 from statistics import fmean
 
 
@@ -27,37 +28,24 @@ def pass_at_k(correct_PK: Sequence[Sequence[float]], k: int) -> float:
 
 
 def cons_at_k(
-    answers_PK: Sequence[Sequence[str | None]],
-    correct_PK: Sequence[Sequence[float]],
-    equivalent: Callable[[str, str], bool] = eq,
+    answers_PK: Sequence[Sequence[str | None]], correct_PK: Sequence[Sequence[float]]
 ) -> float:
     """Share of prompts whose most frequent answer is right (self-consistency, majority vote).
 
     Responses without an answer (None) do not vote. Right answers are one class, for all equal the
-    gold one; a wrong answer joins the first class whose first member it is equivalent to. Of
-    classes with equal votes the one seen first wins.
+    gold one; wrong ones are classes of equal texts. Of classes with equal votes the one seen first
+    wins.
     """
-    return fmean(
-        _majority_is_right(answers_K, correct_K, equivalent)
-        for answers_K, correct_K in zip(answers_PK, correct_PK, strict=True)
+    return fmean(map(_majority_is_right, answers_PK, correct_PK))
+
+
+def _majority_is_right(answers_K: Sequence[str | None], correct_K: Sequence[float]) -> bool:
+    votes = Counter(
+        (bool(correct), "" if correct else answer)
+        for answer, correct in zip(answers_K, correct_K, strict=True)
+        if answer is not None
     )
-
-
-def _majority_is_right(
-    answers_K: Sequence[str | None],
-    correct_K: Sequence[float],
-    equivalent: Callable[[str, str], bool],
-) -> bool:
-    classes: list[tuple[str, bool, list[str]]] = []  # first member, right or wrong, members
-    for answer, correct in zip(answers_K, correct_K, strict=True):
-        if answer is None:
-            continue
-        right = bool(correct)
-        for first, class_right, members in classes:
-            if class_right == right and (right or equivalent(first, answer)):
-                members.append(answer)
-                break
-        else:
-            classes.append((answer, right, [answer]))
-    # max() keeps the first of equals, and classes are in order of appearance
-    return bool(classes) and max(classes, key=lambda entry: len(entry[2]))[1]
+    if not votes:
+        return False
+    (right, _), _ = max(votes.items(), key=itemgetter(1))  # of equals the first seen
+    return right

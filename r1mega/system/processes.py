@@ -27,7 +27,6 @@ class Process:
     """A started process. ``pid`` is its keeper's: a signal to it reaches the process."""
 
     name: str
-    argv: tuple[str, ...]
     log: Path
     _handle: subprocess.Popen[bytes] = field(repr=False)
 
@@ -79,7 +78,7 @@ def start(
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )
-    return Process(name=name, argv=tuple(argv), log=log, _handle=handle)
+    return Process(name=name, log=log, _handle=handle)
 
 
 def end(processes: Sequence[Process], *, grace_s: float) -> None:

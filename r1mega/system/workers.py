@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal
 
 _SCRIPT = Path(__file__).with_name("worker_main.py")
@@ -104,17 +103,6 @@ class WorkerPool:
             workers, self._workers = self._workers, []
             for worker in workers:
                 worker.kill()
-
-    def __enter__(self) -> "WorkerPool":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _work_off(
         self, lines: list[bytes], waiting: deque[int], results: dict[int, Result]

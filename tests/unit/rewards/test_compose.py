@@ -7,8 +7,7 @@ import pytest
 
 from r1mega.config.schema import Rewards
 from r1mega.records import Prompt, Sample, Score
-from r1mega.rewards import check_errors, compose, reward_metrics
-from r1mega.rewards.compose import weighted_sum
+from r1mega.rewards.compose import check_errors, compose, reward_metrics, weighted_sum
 
 Pair = tuple[Prompt, Sample]
 ERROR = Score(value=0.0, parts={}, error="math: worker ended with SIGKILL")

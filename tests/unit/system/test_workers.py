@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def fail_to_start() -> Callable[[Any], Any]:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
     limits = Limits(cpu_seconds=0.5, wall_seconds=60, memory_bytes=512 << 20)
-    with WorkerPool(misbehave, num_workers=2, limits=limits) as pool:
+    with closing(WorkerPool(misbehave, num_workers=2, limits=limits)) as pool:
         yield pool
 
 
@@ -113,13 +114,13 @@ def test_any_text_survives_the_pipe(pool: WorkerPool) -> None:
 def test_a_worker_is_bare(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pool.map([["modules", ["torch", "numpy", "r1mega.config"]]])[0].value == []
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    with WorkerPool(misbehave, num_workers=1, limits=Limits(cpu_seconds=5)) as fresh:
+    with closing(WorkerPool(misbehave, num_workers=1, limits=Limits(cpu_seconds=5))) as fresh:
         assert "WANDB_API_KEY" not in fresh.map([["environment", 0]])[0].value
 
 
 def test_workers_are_recycled() -> None:
     limits = Limits(cpu_seconds=5, items_per_worker=3)
-    with WorkerPool(misbehave, num_workers=1, limits=limits) as pool:
+    with closing(WorkerPool(misbehave, num_workers=1, limits=limits)) as pool:
         pids = [result.value for result in pool.map([["pid", 0]] * 9)]
     assert [len(set(pids[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
     assert len(set(pids)) == 3
@@ -127,13 +128,13 @@ def test_workers_are_recycled() -> None:
 
 def test_wall_limit_is_the_machinerys_fault() -> None:
     limits = Limits(cpu_seconds=5, wall_seconds=2)
-    with WorkerPool(misbehave, num_workers=1, limits=limits) as pool:
+    with closing(WorkerPool(misbehave, num_workers=1, limits=limits)) as pool:
         result = pool.map([["sleep", 3600]])[0]
     assert (result.outcome, result.detail) == ("error", "no answer in 2 s")
 
 
 def test_an_idle_worker_that_died_is_replaced() -> None:
-    with WorkerPool(misbehave, num_workers=1, limits=Limits(cpu_seconds=5)) as pool:
+    with closing(WorkerPool(misbehave, num_workers=1, limits=Limits(cpu_seconds=5))) as pool:
         pid = pool.map([["pid", 0]])[0].value
         os.kill(pid, signal.SIGKILL)
         result = pool.map([["square", 8]])[0]
@@ -142,7 +143,7 @@ def test_an_idle_worker_that_died_is_replaced() -> None:
 
 def test_failing_to_start_says_why() -> None:
     with (
-        WorkerPool(fail_to_start, num_workers=2, limits=Limits(cpu_seconds=5)) as pool,
+        closing(WorkerPool(fail_to_start, num_workers=2, limits=Limits(cpu_seconds=5))) as pool,
         pytest.raises(RuntimeError, match=r"failed to start 3 times in a row.*No module named"),
     ):
         pool.map([1])

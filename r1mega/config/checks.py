@@ -95,8 +95,6 @@ def _not_yet(config: Config) -> Iterator[str]:
             "learner.dispatcher=allgather needs microbatches of equal length, which packing does "
             "not give; use alltoall"
         )
-    if config.learner.grouped_gemm and config.learner.layer_spec == "local":
-        yield ("learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local")
 
 
 def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:

@@ -110,8 +110,10 @@ class Learner:
             tokens_per_microbatch=self.settings.tokens_per_microbatch,
             multiple=layout.pp if layout.vpp else 1,
         )[self.groups.place["dp"]]
+        # Sequence parallelism cuts T over tp; fp8 GEMMs want 16 rows of it at least.
+        multiple = layout.tp * (1 if self.settings.fp8 == "none" else 16)
         return [
-            make_microbatch(batch.sequences, part, multiple=layout.tp, device=self.backend.device)
+            make_microbatch(batch.sequences, part, multiple=multiple, device=self.backend.device)
             for part in parts
         ]
 

@@ -81,13 +81,14 @@ class PolicyModel(GPTModel):
         """Take padding out of the expert load that moves expert_bias.
 
         megatron-core 0.16.1 accepts a padding mask, but with expert_bias it fails to broadcast.
-        Padding is shorter than tp, so all of it lies on the last tensor-parallel rank's shard.
         """
+        if not torch.is_grad_enabled():
+            return
+        routing_map_TE = output[1]  # this rank's shard of the sequence
         group = self.pg_collection.tp
-        counted = torch.is_grad_enabled() and group.rank() == group.size() - 1
-        if counted and self._num_padding:
-            routing_map_TE = output[1][-self._num_padding :]
-            router.local_tokens_per_expert -= routing_map_TE.sum(dim=0)
+        num_real = len(routing_map_TE) * group.size() - self._num_padding
+        first_padding = max(0, num_real - len(routing_map_TE) * group.rank())
+        router.local_tokens_per_expert -= routing_map_TE[first_padding:].sum(dim=0)
 
 
 def build_model(

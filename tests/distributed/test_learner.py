@@ -122,3 +122,29 @@ def test_gradients_equal_transformers(name: str, checkpoint: Any) -> None:
         expected = theirs[parameter].flatten()
         difference = (torch.tensor(gradient) - expected).abs().max()
         assert difference <= 1e-5 * expected.abs().max(), parameter
+
+
+def bias_facts(init: str, **axes: Any) -> list[list[float]]:
+    """Runs on every rank: the expert bias of every layer after two updates that move it."""
+    from dataclasses import replace
+
+    from r1mega.algorithms.losses import next_token_loss
+
+    settings = replace(tiny.SETTINGS, expert_bias_update_rate=1e-2, lr=0.0)
+    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), settings=settings, **axes)
+    for seed in (3, 4):
+        learner.update(tiny.random_batch(seed=seed), next_token_loss, lr=0.0)
+    return [
+        tensor.tolist()
+        for name, tensor in learner.hf_tensors()
+        if tensor is not None and name.endswith("e_score_correction_bias")
+    ]
+
+
+def test_padding_does_not_move_the_expert_bias(checkpoint: Any) -> None:
+    """tp=4 pads every microbatch to a multiple of 4; the bias moves as without padding."""
+    init = str(checkpoint[0])
+    (alone,) = run_ranks(__name__, "bias_facts", init=init, world=1)
+    sharded = run_ranks(__name__, "bias_facts", init=init, world=4, tp=4, ep=2)[0]
+    assert len(alone) == 3
+    assert sharded == alone

@@ -47,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        if _RANK in os.environ:  # a rank's log keeps the place, above the sentence
+        if is_rank():  # a rank's log keeps the place, above the sentence
             logger.error("this rank ends", exc_info=True)
         sys.stderr.write(f"{SENTENCE}{error}\n")
         return 1
+
+
+def is_rank() -> bool:
+    """Whether torch.distributed.run started this process."""
+    return _RANK in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ one that held weights. Invariant: an engine's file exists exactly while it was l
 answering /health.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
 from r1mega.rollout import control
-from r1mega.system import files, processes
+from r1mega.rollout.fleet import EngineHandle, engine_file, write_engine
+from r1mega.system import processes
 from r1mega.system.processes import Process
 
 log = logging.getLogger(__name__)
@@ -84,15 +84,14 @@ class Engines:
         )
 
     def _restart(self, slot: _Slot) -> _Slot:
-        self._file(slot).unlink(missing_ok=True)
+        engine_file(self._folder, slot.process.name).unlink(missing_ok=True)
         name, code = slot.process.name, slot.process.exit_code()
         if slot.incarnation >= self._max_restarts:
-            raise JobFailed(
-                f"{name} ended with exit code {code} after {slot.incarnation} restarts "
-                f"(rollout.max_restarts={self._max_restarts})",
-                slot.process.log,
+            restarts = (
+                f" after {slot.incarnation} restarts (rollout.max_restarts={self._max_restarts})"
             )
-        log.warning("%s ended with exit code %s; starting it again", name, code)
+            raise JobFailed(processes.obituary(name, code, slot.process.log, note=restarts))
+        log.warning("%s %s; starting it again", name, processes.how_it_ended(code))
         return self._new_slot(slot.index, slot.incarnation + 1)
 
     def _register_if_answering(self, slot: _Slot) -> None:
@@ -114,8 +113,10 @@ class Engines:
     def _register(self, slot: _Slot) -> None:
         seconds = time.monotonic() - slot.started
         log.info("%s answers at %s after %.1f s", slot.process.name, slot.url, seconds)
-        entry = {"url": slot.url, "pid": slot.process.pid, "incarnation": slot.incarnation}
-        files.write_atomically(self._file(slot), json.dumps(entry) + "\n")
-
-    def _file(self, slot: _Slot) -> Path:
-        return self._folder / f"engine-{slot.index}.json"
+        engine = EngineHandle(
+            name=slot.process.name,
+            url=slot.url,
+            pid=slot.process.pid,
+            incarnation=slot.incarnation,
+        )
+        write_engine(self._folder, engine)

@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from r1mega.cluster import commands
+from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
 from r1mega.cluster.errors import JobFailed
 from r1mega.cluster.preflight import check_inputs
@@ -40,10 +42,13 @@ _TICK_S = 0.1
 def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     """Run one stage on this machine; the exit code of the learner, or 1 with a sentence."""
     try:
-        _check_ports(config)
+        _check_addresses(config)
         check_inputs(verb, config)
-        directory = RunDirectory.create(config.run.root, config.name)
+        directory = _open_directory(config)
         with _locked(directory), _signals_end_us():
+            if verb != "eval" and (sentence := nothing_to_do(config, directory)):
+                print(sentence)
+                return 0
             return _Job(verb, config, layers, directory).run()
     except JobFailed as error:
         sys.stderr.write(_failure_text(str(error), error.log))
@@ -78,12 +83,15 @@ class _Job:
 
     def _prepare(self) -> None:
         """Everything the processes read is there before the first one starts."""
-        dump(self._config, self._directory.config_path)
+        if self._verb != "eval":  # which only looks at what a run has made
+            for notice in notices(self._config, self._directory):
+                print(notice, flush=True)
+            dump(self._config, self._directory.config_path)
         for stale in self._directory.fleet.glob("*.json"):
             stale.unlink()
         model_path = self._directory.engine_model
         save_tokenizer(self._config.model.tokenizer, model_path)
-        values = hf_config(self._config.model, dtype=_dtype(self._config))
+        values = hf_config(self._config.model, dtype=commands.engine_dtype(self._config))
         files.write_atomically(model_path / "config.json", json.dumps(values, indent=2) + "\n")
 
     def _start_router(self) -> Process:
@@ -139,16 +147,20 @@ class _Job:
         """Until the learner ends, or something ends that it cannot do without."""
         while (code := learner.exit_code()) is None:
             if self._router is not None and not self._router.alive():
-                code = self._router.exit_code()
-                raise JobFailed(f"the router ended with exit code {code}", self._router.log)
+                raise _router_ended(self._router)
             if self._engines is not None:
                 self._engines.tick()
             time.sleep(_TICK_S)
         if code != 0:
-            rank, path = failing_rank(learner.log, self._directory.logs / "learner")
-            who = "the learner" if rank is None else f"rank {rank} of the learner"
-            sys.stderr.write(_failure_text(f"{who} ended with exit code {code}", path))
+            sys.stderr.write(f"{SENTENCE}{self._learner_failure(learner, code)}\n")
         return code
+
+    def _learner_failure(self, learner: Process, code: int) -> str:
+        failed = failed_rank(learner.log, self._directory.logs / "learner")
+        if failed is None:
+            return processes.obituary("the learner", code, learner.log)
+        who = f"rank {failed.rank} of the learner"
+        return processes.obituary(who, failed.exit_code, failed.log)
 
     def _end(self) -> None:
         """The learner first: its last requests may still need the engines."""
@@ -168,21 +180,49 @@ def needs_engines(verb: str, config: Config) -> bool:
     return verb != "sft" and config.rollout.replay is None
 
 
-def failing_rank(summary: Path, logs: Path) -> tuple[int | None, Path]:
+@dataclass(frozen=True, slots=True)
+class FailedRank:
+    """The rank whose end ended the others."""
+
+    rank: int
+    exit_code: int
+    log: Path
+
+
+def failed_rank(summary: Path, logs: Path) -> FailedRank | None:
     """The rank that failed first, by torch.distributed.run's summary, and the log to read."""
     text = summary.read_text(errors="replace") if summary.exists() else ""
-    causes = re.findall(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\)", text, re.DOTALL)
+    causes = re.findall(
+        r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\)\s*exitcode\s*:\s*(-?\d+)",
+        text,
+        re.DOTALL,
+    )
     if not causes:
-        return None, summary
-    rank, local_rank = causes[-1]
+        return None
+    rank, local_rank, code = (int(word) for word in causes[-1])
     attempts = sorted(logs.glob(f"*/attempt_*/{local_rank}"), key=lambda path: path.stat().st_mtime)
     written = [path / name for path in attempts[-1:] for name in ("stderr.log", "stdout.log")]
     telling = [path for path in written if path.exists() and path.stat().st_size > 0]
-    return int(rank), telling[0] if telling else summary
+    log = telling[0] if telling else summary
+    return FailedRank(rank, code if code >= 0 else 128 - code, log)
 
 
-def _check_ports(config: Config) -> None:
+def _open_directory(config: Config) -> RunDirectory:
+    try:
+        return RunDirectory.create(config.run.root, config.name)
+    except OSError as error:
+        raise JobFailed(
+            f"run.root={config.run.root} cannot hold the folder {config.name}: {error.strerror}"
+        ) from error
+
+
+def _check_addresses(config: Config) -> None:
     cluster = config.cluster
+    if not processes.port_is_free(cluster.host, 0):
+        raise JobFailed(
+            f"cluster.host={cluster.host} is no address of this machine: name one that servers "
+            "here can listen on"
+        )
     for key, port in (("master_port", cluster.master_port), ("router_port", cluster.router_port)):
         if port and not processes.port_is_free(cluster.host, port):
             raise JobFailed(
@@ -191,21 +231,21 @@ def _check_ports(config: Config) -> None:
             )
 
 
+def _router_ended(process: Process) -> JobFailed:
+    return JobFailed(processes.obituary("the router", process.exit_code(), process.log))
+
+
 def _wait_for_router(client: RouterClient, process: Process) -> None:
     deadline = time.monotonic() + _ROUTER_START_TIMEOUT_S
     while not client.answers():
         if not process.alive():
-            raise JobFailed(f"the router ended with exit code {process.exit_code()}", process.log)
+            raise _router_ended(process)
         if time.monotonic() > deadline:
             raise JobFailed(
                 f"the router at {client.url} did not answer within {_ROUTER_START_TIMEOUT_S:.0f} s",
                 process.log,
             )
         time.sleep(_TICK_S)
-
-
-def _dtype(config: Config) -> str:
-    return "float32" if config.learner.precision == "fp32" else "bfloat16"
 
 
 def _failure_text(message: str, log_path: Path | None) -> str:

@@ -7,6 +7,7 @@ from r1mega.config.schema import Config, Model
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
+from r1mega.rollout.replay import rollout_numbers
 from r1mega.weights.names import hf_shapes
 from r1mega.weights.slices import SliceReader
 
@@ -25,6 +26,8 @@ def check_inputs(verb: str, config: Config) -> None:
             load_documents(config.data, tokenizer, config.seed)
         elif config.rollout.replay is None:
             load_prompts(config.data, tokenizer, config.seed)
+        else:
+            rollout_numbers(Path(config.rollout.replay))
         if config.model.init != "random":
             _check_weights(Path(config.model.init), config.model)
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ def main(config: Config, backend: Backend) -> int:
     """Evaluate the newest checkpoint of runs/<name>, or ``model.init`` when there is none."""
     prompts = load_prompts(config.data, load_tokenizer(config.model.tokenizer), config.seed)
     worker = open_worker(config, backend)
-    progress, _ = worker.resume()
+    progress, _ = worker.load()
     with open_generation(worker, Stopwatch()) as generation:
         generation.publish(progress.version + 1)
         chosen = prompts.held_out[: config.stage.eval_prompts]

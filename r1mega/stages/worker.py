@@ -1,7 +1,7 @@
 """What every learner rank opens first, and how a run is saved and continued."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -12,13 +12,15 @@ from r1mega.learner.learner import Learner, open_learner
 from r1mega.learner.optimizer import load_optimizer_state, optimizer_state
 from r1mega.learner.schedule import learning_rate
 from r1mega.parallel.backend import Backend
+from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups, open_groups
 from r1mega.parallel.layout import Layout
 from r1mega.run.directory import RunDirectory
 from r1mega.run.metrics import MetricsWriter
 from r1mega.run.samples import truncate_samples_after
+from r1mega.stages.progress import say
 from r1mega.weights import checkpoint
-from r1mega.weights.checkpoint import Progress
+from r1mega.weights.checkpoint import CheckpointError, Progress
 from r1mega.weights.slices import SliceReader
 
 logger = logging.getLogger(__name__)
@@ -63,33 +65,60 @@ class Worker:
             device=self.backend.device,
         )
         if self.groups.rank == 0:
-            checkpoint.prune(self.directory.checkpoints, self.config.stage.keep_last)
+            checkpoint.prune(folder, self.config.stage.keep_last)
             logger.info("saved %s", folder)
 
     def resume(self) -> tuple[Progress, list[Tensor] | None]:
-        """Continue from the newest whole checkpoint of this run, or start at step 0.
-
-        Returns where the run stands and a host copy of the reference policy when one was saved.
-        """
-        folder, skipped = None, list[str]()
-        if self.config.run.resume:
-            folder, skipped = checkpoint.newest(self.directory.checkpoints)
-        for reason in skipped:
-            logger.warning("skipped a checkpoint: %s", reason)
-        progress = Progress(step=0, data_position=0)
-        reference = None
-        if folder is not None:
-            progress = checkpoint.read_progress(folder)
-            reference = self._load(folder)
-            logger.info("continuing from %s", folder)
+        """Continue from the newest whole checkpoint, and forget what was recorded after it."""
+        progress, reference = self.load()
         if self.writer is not None:
             self.writer.truncate_after(progress.step)
             truncate_samples_after(self.directory, progress.step)
         return progress, reference
 
+    def load(self) -> tuple[Progress, list[Tensor] | None]:
+        """The newest whole checkpoint of this run, or step 0 of a new one.
+
+        Returns where the run stands and a host copy of the reference policy when one was saved.
+        """
+        folder = self._newest() if self.config.run.resume else None
+        if folder is None:
+            return Progress(step=0, data_position=0), None
+        self.say(f"loading {folder}")
+        return checkpoint.read_progress(folder), self._load(folder)
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal, once."""
+        if self.groups.rank == 0:
+            say(text)
+
+    def _newest(self) -> Path | None:
+        checkpoints = self.directory.checkpoints
+        folder, skipped = checkpoint.newest(checkpoints, self._verify)
+        if folder is None and skipped:
+            reasons = "; ".join(skipped)
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints} is whole ({reasons}): restore one, or start over "
+                "under another name=..."
+            )
+        for reason in skipped:
+            self.say(f"warning: a checkpoint was skipped: {reason}")
+        return folder
+
+    def _verify(self, folder: Path) -> None:
+        """Each rank reads its part of the files: on a large run they are terabytes."""
+        groups, error = self.groups, ""
+        try:
+            checkpoint.verify(folder, part=groups.rank, parts=groups.world.size())
+        except CheckpointError as failure:
+            error = str(failure)
+        errors = gather_records(error, str, group=groups.world, device=self.backend.device)
+        if found := [text for text in errors if text]:
+            raise CheckpointError(found[0])
+
     def _load(self, folder: Path) -> list[Tensor] | None:
         weights, rank = self.learner.weights, self.groups.rank
-        checkpoint.check_resumable(folder, weights)
+        checkpoint.check_resumable(folder, weights.model, weights.layout)
         reference = None
         if (folder / checkpoint.REFERENCE).exists():
             with SliceReader(folder / checkpoint.REFERENCE) as reader:
@@ -108,18 +137,7 @@ class Worker:
 
 def open_worker(config: Config, backend: Backend) -> Worker:
     """Join the job and build this rank's learner."""
-    parallel = config.parallel
-    layout = Layout(
-        world=world_size(config.cluster),
-        tp=parallel.tp,
-        pp=parallel.pp,
-        vpp=parallel.vpp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        etp=parallel.etp,
-        layers_in_first_stage=parallel.layers_in_first_stage,
-        layers_in_last_stage=parallel.layers_in_last_stage,
-    )
+    layout = Layout(world=world_size(config.cluster), **asdict(config.parallel))
     groups = open_groups(
         layout, backend, timeout_s=config.cluster.collective_timeout_s, seed=config.seed
     )

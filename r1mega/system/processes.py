@@ -96,6 +96,23 @@ def end(processes: Sequence[Process], *, grace_s: float) -> None:
             process.wait(grace_s)
 
 
+def how_it_ended(code: int | None) -> str:
+    """An exit code as ``exit_code`` gives it, in words."""
+    number = (code or 0) - 128
+    if number not in set(signal.Signals):
+        return f"ended with exit code {code}"
+    hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(number).name} (exit code {code}){hint}"
+
+
+def obituary(who: str, code: int | None, log: Path, *, note: str = "") -> str:
+    """How it ended and what it said last; nothing when it was killed and could say nothing."""
+    ended = f"{who} {how_it_ended(code)}{note}"
+    if code in (128 + signal.SIGKILL, 128 + signal.SIGTERM):
+        return f"{ended}\n(its log is {log})"
+    return f"{ended}: {last_words(log)}"
+
+
 def last_words(path: Path) -> str:
     """The sentence a process of ours ended with, else the end of its log."""
     text = last_lines(path, 60)

@@ -195,7 +195,8 @@ def test_engine_that_keeps_dying_is_a_clear_end(tmp_path: Path, launches: list[L
     os.kill(int(str(launch.entries()["engine-0"]["pid"])), signal.SIGKILL)
     code, _, errors = launch.end()
     assert code == 1
-    assert "engine-0 ended with exit code 137 after 0 restarts (rollout.max_restarts=0)" in errors
+    assert "engine-0 was ended by SIGKILL (exit code 137), perhaps for lack of memory" in errors
+    assert "after 0 restarts (rollout.max_restarts=0)" in errors
 
 
 def test_engine_that_does_not_come_up_is_a_clear_end(
@@ -213,7 +214,7 @@ def test_router_death_is_a_clear_end(tmp_path: Path, launches: list[Launch]) -> 
     os.kill(int(str(launch.entries()["router"]["pid"])), signal.SIGKILL)
     code, _, errors = launch.end()
     assert code == 1
-    assert "the router ended with exit code 137" in errors
+    assert "the router was ended by SIGKILL (exit code 137)" in errors
 
 
 @pytest.mark.parametrize("key", ["master_port", "router_port"])
@@ -239,22 +240,3 @@ def test_second_launcher_on_one_run_is_refused(tmp_path: Path, launches: list[La
     assert code == 1
     assert f"another launcher works on {first.folder}" in errors
     assert first.process.poll() is None
-
-
-def test_failing_rank_of_the_real_learner_is_named(tmp_path: Path) -> None:
-    """Through torch.distributed.run: the sentence names the rank, its log and its last lines."""
-    layers = [*LAYERS, f"run.root={tmp_path}", "data.source=sft", "data.path=/no/such/file.jsonl"]
-    layers += ["cluster.learner_processes_per_node=2", "data.held_out=0", "stage.eval_every=0"]
-    launch = subprocess.run(
-        [sys.executable, "-m", "r1mega", "sft", *layers],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert launch.returncode == 1, launch.stderr
-    said = re.search(
-        r"r1mega: rank (\d) of the learner ended with exit code 1; the end of (\S+):", launch.stderr
-    )
-    assert said is not None, launch.stderr
-    assert Path(said[2]).stat().st_size > 0

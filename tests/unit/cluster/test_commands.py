@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.cluster import commands
-from r1mega.cluster.job import failing_rank, needs_engines
+from r1mega.cluster.job import FailedRank, failed_rank, needs_engines
 from r1mega.config import Cluster, Config, Rollout
 
 
@@ -92,18 +92,19 @@ def test_who_needs_engines(verb: str, replay: str | None, needed: bool) -> None:
     assert needs_engines(verb, config) is needed
 
 
-def test_failing_rank_is_the_root_cause_of_the_newest_attempt(tmp_path: Path) -> None:
-    summary = tmp_path / "learner.log"
-    assert failing_rank(summary, tmp_path / "learner") == (None, summary)
+def test_failed_rank_is_the_root_cause_of_the_newest_attempt(tmp_path: Path) -> None:
+    summary, logs = tmp_path / "learner.log", tmp_path / "learner"
+    assert failed_rank(summary, logs) is None
     summary.write_text(
-        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n"
-        "Root Cause (first observed failure):\n[0]:\n  time : x\n  rank      : 5 (local_rank: 1)\n"
+        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 8)\n"
+        "Root Cause (first observed failure):\n[0]:\n  time : x\n"
+        "  rank      : 5 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
     )
-    assert failing_rank(summary, tmp_path / "learner") == (5, summary)
-    folder = tmp_path / "learner" / "none_abc" / "attempt_0" / "1"
+    assert failed_rank(summary, logs) == FailedRank(5, 137, summary)
+    folder = logs / "none_abc" / "attempt_0" / "1"
     folder.mkdir(parents=True)
     (folder / "stdout.log").write_text("words")
     (folder / "stderr.log").write_text("")
-    assert failing_rank(summary, tmp_path / "learner") == (5, folder / "stdout.log")
+    assert failed_rank(summary, logs) == FailedRank(5, 137, folder / "stdout.log")
     (folder / "stderr.log").write_text("Traceback")
-    assert failing_rank(summary, tmp_path / "learner") == (5, folder / "stderr.log")
+    assert failed_rank(summary, logs) == FailedRank(5, 137, folder / "stderr.log")

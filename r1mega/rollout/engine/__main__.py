@@ -38,7 +38,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m r1mega.rollout.engine", description=__doc__)
     add = parser.add_argument
     add("--model-path", type=Path, required=True, help="Hugging Face folder with config.json")
-    add("--host", default="127.0.0.1", help="a loopback address: nothing here asks who calls")
+    add("--host", default="127.0.0.1", help="other than loopback only with --api-key")
     add("--port", type=int, default=30000)
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
     add("--random-seed", type=int, default=0, help="of the dummy weights")
@@ -47,16 +47,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--chunked-prefill-size", type=int, default=512, help="prompt tokens per forward")
     add("--disable-radix-cache", action="store_true", help="do not reuse latents of equal prompts")
     add("--weight-version", default="default")
+    add("--served-model-name")
+    add("--api-key")
     add("--dist-timeout", type=float, default=120.0, help="seconds to wait for the trainer")
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    if not _is_loopback(args.host):
-        raise ValueError(
-            f"--host {args.host} is reachable from outside, where anybody could change the weights:"
-            " use 127.0.0.1"
-        )
+    if args.api_key is None and not _is_loopback(args.host):
+        raise ValueError(f"--host {args.host} is reachable from outside: give an --api-key as well")
     if not (args.model_path / "config.json").is_file():
         raise ValueError(f"{args.model_path} has no config.json: give a Hugging Face model folder")
     for name in ("max_running_requests", "context_length", "chunked_prefill_size"):
@@ -111,6 +110,7 @@ def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
         ),
         identity=Identity(
             model_path=str(args.model_path),
+            served_model_name=args.served_model_name or str(args.model_path),
             load_format=args.load_format,
             host=args.host,
             port=args.port,
@@ -127,7 +127,9 @@ async def _serve(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     routes = _build(args, partial(loop.call_soon_threadsafe, died.set))
-    runner = web.AppRunner(application(routes), handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(
+        application(routes, args.api_key), handler_cancellation=True, access_log=None
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, args.host, args.port).start()

@@ -69,7 +69,7 @@ class Engine:
     def abort(self, rid: str | None) -> int:
         """To be called on the engine thread: ends requests wherever they are."""
         for item in list(self._blocked):
-            if isinstance(item, Request) and rid in (None, item.asked.rid):
+            if isinstance(item, Request) and rid in (None, item.asked.rid, item.asked.parent_rid):
                 self._blocked.remove(item)
                 self.scheduler.add(item)
         return self.scheduler.abort(rid)

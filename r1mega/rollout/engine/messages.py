@@ -5,33 +5,35 @@ when it has another one: a request is never answered as if it had asked for some
 """
 
 import secrets
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from r1mega.rollout.engine.requests import Asked, Completion, Finish
 
+_NO_LIMIT = 1 << 30  # SGLang's way to say that top_k is off
+
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Unknown keys are an error: a misspelt one would sample from another distribution."""
 
     max_new_tokens: int | None = 128
+    min_new_tokens: int | None = 0
     temperature: float | None = 1.0
     top_p: float | None = 1.0
-    top_k: int | None = -1
+    top_k: int | None = _NO_LIMIT
+    min_p: float | None = 0.0
+    n: int | None = 1
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
     sampling_seed: int | None = None
     skip_special_tokens: bool | None = True
-    no_stop_trim: bool | None = False
-    # Without effect on token ids.
     spaces_between_special_tokens: bool | None = True
+    no_stop_trim: bool | None = False
     stream_interval: int | None = None
     custom_params: Any = None
-    # Not implemented; accepted at their default.
-    n: int | None = 1
-    min_new_tokens: int | None = 0
-    min_p: float | None = 0.0
+    # Not implemented; accepted at their neutral value.
     stop: str | list[str] | None = None
     stop_regex: str | list[str] | None = None
     frequency_penalty: float | None = 0.0
@@ -46,11 +48,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     watermark: dict[str, Any] | None = None
     choice: list[str] | None = None
 
+    def check_implemented(self) -> None:
+        neutral = {"repetition_penalty": 1.0}
+        for name in _NOT_IMPLEMENTED:
+            value = getattr(self, name)
+            if value and value != neutral.get(name):
+                raise ValueError(
+                    f"sampling_params.{name}={value!r} is not implemented: leave it out"
+                )
+
 
 _NOT_IMPLEMENTED = (
-    "n",
-    "min_new_tokens",
-    "min_p",
     "stop",
     "stop_regex",
     "frequency_penalty",
@@ -68,15 +76,15 @@ _NOT_IMPLEMENTED = (
 
 
 class GenerateBody(msgspec.Struct, kw_only=True, frozen=True):
-    """POST /generate: one prompt, one completion."""
+    """POST /generate. A list of prompts is answered with a list."""
 
-    input_ids: list[int] | None = None
-    text: str | None = None
-    rid: str | None = None
-    sampling_params: SamplingParams = SamplingParams()
-    return_logprob: bool | None = False
-    logprob_start_len: int | None = -1
-    top_logprobs_num: int | None = 0
+    input_ids: list[int | list[int]] | None = None
+    text: str | list[str] | None = None
+    rid: str | list[str] | None = None
+    sampling_params: SamplingParams | list[SamplingParams] | None = None
+    return_logprob: bool | list[bool] | None = False
+    logprob_start_len: int | list[int] | None = -1
+    top_logprobs_num: int | list[int] | None = 0
     stream: bool | None = False
     return_routed_experts: bool = False
 
@@ -111,7 +119,7 @@ class UpdateBody(msgspec.Struct, kw_only=True, frozen=True):
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
-    load_format: None = None  # one broadcast per tensor is the only format
+    load_format: Literal["flattened_bucket"] | None = None
 
 
 class UpdateFromDiskBody(msgspec.Struct, kw_only=True, frozen=True):
@@ -123,6 +131,12 @@ class UpdateFromDiskBody(msgspec.Struct, kw_only=True, frozen=True):
 
 class WeightsCheckerBody(msgspec.Struct, kw_only=True, frozen=True):
     action: Literal["checksum"] = "checksum"
+    skip_tensor_list: list[str] | None = None
+
+
+class GetWeightsBody(msgspec.Struct, kw_only=True, frozen=True):
+    name: str
+    truncate_size: int = 100
 
 
 class Limits(msgspec.Struct, kw_only=True, frozen=True):
@@ -133,82 +147,158 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     eos_token_ids: tuple[int, ...]
 
 
-def parse_generate(body: GenerateBody, limits: Limits) -> Asked:
+class Question(msgspec.Struct, kw_only=True, frozen=True):
+    """A parsed /generate body: the completions to draw and how to answer."""
+
+    asked: list[Asked]
+    is_list: bool
+    return_logprob: list[bool]
+    keep_stop: list[bool]
+    skip_special: list[bool]
+
+
+def parse_generate(body: GenerateBody, limits: Limits) -> Question:
     """Checks everything about a request; raises ValueError with one sentence."""
-    prompt = _prompt(body, limits.vocab_size)
-    _check_options(body)
-    params = body.sampling_params
-    _check_implemented(params)
-    temperature = 1.0 if params.temperature is None else params.temperature
-    top_p = 1.0 if params.top_p is None else params.top_p
-    top_k = -1 if params.top_k is None else params.top_k
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a non-negative finite number, got {temperature}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if top_k != -1 and top_k < 1:
-        raise ValueError(f"top_k must be -1 (off) or at least 1, got {top_k}")
-    stop = {*(params.stop_token_ids or ()), *limits.eos_token_ids}
-    return Asked(
-        rid=body.rid or secrets.token_hex(16),
-        prompt=prompt,
-        max_new_tokens=_max_new_tokens(len(prompt), params.max_new_tokens, limits.context_length),
-        stop_token_ids=frozenset() if params.ignore_eos else frozenset(stop),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=-1 if top_k >= limits.vocab_size else top_k,
-        seed=secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed,
+    prompts, is_batch = _prompts(body, limits)
+    _check_generate_options(body, len(prompts))
+    params = _per_prompt(body.sampling_params or SamplingParams(), len(prompts), "sampling_params")
+    flags = _per_prompt(body.return_logprob or False, len(prompts), "return_logprob")
+    rids = _rids(body.rid, len(prompts), is_batch)
+    asked: list[Asked] = []
+    copies: list[int] = []
+    for prompt, own, rid in zip(prompts, params, rids, strict=True):
+        own.check_implemented()
+        copies.append(_at_least("n", 1 if own.n is None else own.n, 1))
+        parent = body.rid if isinstance(body.rid, str) else rid
+        asked += _asked(prompt, own, rid, parent, limits)
+    if len({one.rid for one in asked}) != len(asked):
+        raise ValueError("rid has duplicates: every request needs its own")
+
+    def spread(values: Sequence[bool]) -> list[bool]:
+        return [v for v, count in zip(values, copies, strict=True) for _ in range(count)]
+
+    return Question(
+        asked=asked,
+        is_list=is_batch or copies[0] > 1,
+        return_logprob=spread(flags),
+        keep_stop=spread([bool(own.no_stop_trim) for own in params]),
+        skip_special=spread([own.skip_special_tokens is not False for own in params]),
     )
 
 
-def _prompt(body: GenerateBody, vocab_size: int) -> tuple[int, ...]:
+def _prompts(body: GenerateBody, limits: Limits) -> tuple[list[tuple[int, ...]], bool]:
     if body.text is not None or not body.input_ids:
-        raise ValueError("send the prompt as input_ids: a non-empty list of token ids")
-    if min(body.input_ids) < 0 or max(body.input_ids) >= vocab_size:
-        raise ValueError(f"input_ids has a token id outside [0, {vocab_size})")
-    return tuple(body.input_ids)
+        raise ValueError("send the prompt as input_ids: a non-empty list of token ids, or of lists")
+    single = [item for item in body.input_ids if isinstance(item, int)]
+    batch = [item for item in body.input_ids if isinstance(item, list)]
+    if single and batch:
+        raise ValueError("input_ids mixes token ids and lists of them")
+    prompts = batch or [single]
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} of input_ids is empty")
+        if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+            raise ValueError(
+                f"prompt {index} of input_ids has a token id outside [0, {limits.vocab_size})"
+            )
+    return [tuple(prompt) for prompt in prompts], bool(batch)
 
 
-def _check_options(body: GenerateBody) -> None:
+def _check_generate_options(body: GenerateBody, num_prompts: int) -> None:
     if body.stream:
         raise ValueError("stream is not implemented: send stream=false")
     if body.return_routed_experts:
         raise ValueError("return_routed_experts is not implemented: leave it out")
-    if body.logprob_start_len is not None and body.logprob_start_len >= 0:
+    start_len = -1 if body.logprob_start_len is None else body.logprob_start_len
+    if any(start >= 0 for start in _per_prompt(start_len, num_prompts, "logprob_start_len")):
         raise ValueError("log-probs of the prompt are not implemented: send logprob_start_len=-1")
-    if body.top_logprobs_num:
+    if any(_per_prompt(body.top_logprobs_num or 0, num_prompts, "top_logprobs_num")):
         raise ValueError("top_logprobs_num is not implemented: send 0")
 
 
-def _check_implemented(params: SamplingParams) -> None:
-    neutral = SamplingParams()
-    for name in _NOT_IMPLEMENTED:
-        value, default = getattr(params, name), getattr(neutral, name)
-        if value is not None and (value or None) != (default or None):
-            raise ValueError(f"sampling_params.{name}={value!r} is not implemented: leave it out")
+def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+    return value
 
 
-def _max_new_tokens(num_prompt_tokens: int, asked: int | None, context_length: int) -> int:
-    room = context_length - num_prompt_tokens
+def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> list[str]:
+    if rid is None:
+        return [secrets.token_hex(16) for _ in range(count)]
+    if isinstance(rid, str):
+        return [f"{rid}_{index}" for index in range(count)] if is_batch else [rid]
+    return [str(one) for one in _per_prompt(rid, count, "rid")]
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise ValueError(f"sampling_params.{name} is {value}, it must be at least {least}")
+    return value
+
+
+def _asked(
+    prompt: tuple[int, ...], params: SamplingParams, rid: str, parent_rid: str, limits: Limits
+) -> list[Asked]:
+    """The n completions of one prompt; completion i draws from seed + i."""
+    temperature = 1.0 if params.temperature is None else params.temperature
+    top_p = 1.0 if params.top_p is None else params.top_p
+    min_p = params.min_p or 0.0
+    top_k = _NO_LIMIT if params.top_k is None else params.top_k
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a non-negative finite number, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+    if top_k != -1 and top_k < 1:
+        raise ValueError(f"top_k must be -1 (off) or at least 1, got {top_k}")
+    stop = {*(params.stop_token_ids or ()), *limits.eos_token_ids} & set(range(limits.vocab_size))
+    seed = secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed
+    copies = 1 if params.n is None else params.n
+    max_new_tokens = _max_new_tokens(len(prompt), params, limits)
+    return [
+        Asked(
+            rid=rid if copies == 1 else f"{rid}_{index}",
+            parent_rid=parent_rid,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=params.min_new_tokens or 0,
+            stop_token_ids=frozenset() if params.ignore_eos else frozenset(stop),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=-1 if top_k >= limits.vocab_size else top_k,
+            min_p=min_p,
+            seed=seed + index,
+        )
+        for index in range(copies)
+    ]
+
+
+def _max_new_tokens(num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> int:
+    room = limits.context_length - num_prompt_tokens
     if room < 1:
         raise ValueError(
             f"the prompt has {num_prompt_tokens} tokens, which leaves no room for a response in "
-            f"the context length of {context_length} tokens"
+            f"the context length of {limits.context_length} tokens"
         )
-    if asked is None:
-        return room
-    if asked < 0:
-        raise ValueError(f"sampling_params.max_new_tokens is {asked}, it must be at least 0")
+    asked = room if params.max_new_tokens is None else params.max_new_tokens
+    _at_least("max_new_tokens", asked, 0)
     if asked > room:
         raise ValueError(
             f"{num_prompt_tokens} prompt tokens and {asked} new tokens exceed the context length "
-            f"of {context_length} tokens: shorten the prompt or lower max_new_tokens"
+            f"of {limits.context_length} tokens: shorten the prompt or lower max_new_tokens"
+        )
+    if not 0 <= (params.min_new_tokens or 0) <= asked:
+        raise ValueError(
+            f"min_new_tokens must be in [0, max_new_tokens ({asked})], got {params.min_new_tokens}"
         )
     return asked
 
 
 def answer(completion: Completion, text: str, *, return_logprob: bool, latency_s: float) -> Any:
-    """The response of /generate."""
+    """One element of the response of /generate."""
     meta_info: dict[str, Any] = {
         "id": completion.asked.rid,
         "finish_reason": _finish_reason(completion.finish, len(completion.token_ids)),

@@ -14,12 +14,15 @@ class Asked:
     """One completion to draw; validated against the model and the context length."""
 
     rid: str
+    parent_rid: str  # the rid of the HTTP request: aborting it aborts all its completions
     prompt: tuple[int, ...]
     max_new_tokens: int
+    min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # includes the model's end unless ignored
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
     seed: int = 0
 
 
@@ -78,12 +81,15 @@ class Request:
     def choice(self) -> Choice:
         """How to draw the next token."""
         asked = self.asked
+        suppressed = asked.stop_token_ids if self.num_drawn < asked.min_new_tokens else ()
         return Choice(
             seed=asked.seed,
             position=len(self.tokens),
             temperature=0.0 if asked.temperature < GREEDY_EPS else asked.temperature,
             top_p=asked.top_p,
             top_k=asked.top_k,
+            min_p=asked.min_p,
+            suppressed=tuple(sorted(suppressed)),
         )
 
     def record_version_change(self, old: str) -> None:

@@ -4,8 +4,8 @@ The uniform number of a token is a hash of its request's seed and its absolute p
 token is where the cumulative weights cross it. So a request gets the same tokens in any batch, and
 a partial response that is continued elsewhere under the same seed continues the same stream.
 
-Log-probs are log softmax(logits / temperature), before top-k and top-p. Temperature 0 takes the
-likeliest token and reports log-probs at temperature 1.
+Log-probs are log softmax(logits / temperature), before top-k, top-p, min-p and the suppression of
+stop tokens. Temperature 0 takes the likeliest token and reports log-probs at temperature 1.
 
 Legend: N rows (the first ``len(choices)`` count), V vocabulary.
 """
@@ -27,10 +27,12 @@ class Choice:
     temperature: float
     top_p: float = 1.0
     top_k: int = -1  # -1: off
+    min_p: float = 0.0
+    suppressed: tuple[int, ...] = ()  # tokens that must not be drawn
 
     @property
     def truncates(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1.0
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,16 @@ def draw(logits_NV: Tensor, choices: Sequence[Choice]) -> list[Drawn]:
     cumulative_NV = weights_NV.cumsum(dim=-1, dtype=torch.float64)
     log_totals_N = cumulative_NV[:, -1].log()
 
-    for row, choice in enumerate(choices):
-        if choice.truncates:
-            restricted_V = _restrict(weights_NV[row], choice)
-            cumulative_NV[row] = restricted_V.cumsum(dim=0, dtype=torch.float64)
+    special = [row for row, choice in enumerate(choices) if choice.suppressed or choice.truncates]
+    for row in special:
+        weights_NV[row] = _restrict(weights_NV[row], choices[row])
+    if special:
+        cumulative_NV[special] = weights_NV[special].cumsum(dim=-1, dtype=torch.float64)
     tokens_N = _cross(cumulative_NV[: len(choices)], choices)
     greedy = [row for row, choice in enumerate(choices) if choice.temperature == 0.0]
     if greedy:
-        tokens_N[greedy] = scaled_NV[greedy].argmax(dim=-1)
+        allowed_NV = scaled_NV[greedy].masked_fill(weights_NV[greedy] == 0.0, float("-inf"))
+        tokens_N[greedy] = allowed_NV.argmax(dim=-1)
 
     rows = torch.arange(len(choices))
     logprobs_N = (scaled_NV[rows, tokens_N] - peaks_N1[rows, 0]).double() - log_totals_N[rows]
@@ -94,11 +98,16 @@ def _cross(cumulative_NV: Tensor, choices: Sequence[Choice]) -> Tensor:
 
 
 def _restrict(weights_V: Tensor, choice: Choice) -> Tensor:
-    """Zero what top-k and top-p exclude, both on the unrestricted distribution."""
+    """Zero what top-k, top-p and min-p exclude, all three on the unrestricted distribution."""
+    if choice.suppressed:
+        weights_V = weights_V.index_fill(0, torch.tensor(choice.suppressed), 0.0)
+    if not choice.truncates:
+        return weights_V
     # numpy sorts values several times faster than torch sorts values with their indices
     ordered_V = torch.from_numpy(np.sort(weights_V.numpy())).flip(0)
     cumulative_V = ordered_V.cumsum(dim=0, dtype=torch.float64)
     kept_V = cumulative_V - ordered_V <= choice.top_p * cumulative_V[-1]
+    kept_V &= ordered_V >= choice.min_p * ordered_V[0]
     num_kept = int(kept_V.sum())
     if choice.top_k > 0:
         num_kept = min(num_kept, choice.top_k)

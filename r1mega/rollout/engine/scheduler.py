@@ -151,11 +151,11 @@ class Scheduler:
         request.slot, request.num_computed = -1, 0
 
     def abort(self, rid: str | None) -> int:
-        """End one request or all (None); keeps what was drawn."""
+        """End one request (by its own or its parent's rid) or all (None); keeps what was drawn."""
         chosen = [
             request
             for request in (*self.running, *self.waiting)
-            if rid in (None, request.asked.rid)
+            if rid is None or rid in (request.asked.rid, request.asked.parent_rid)
         ]
         for request in chosen:
             self._finish(request, Finish(kind="abort", message="aborted on request"))

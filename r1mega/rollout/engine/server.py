@@ -1,11 +1,13 @@
 """HTTP routes of SGLang 0.5.23 over one engine.
 
-Answers: /generate gives a completion; updates give {"success", "message"}; a mistake of
+Answers: /generate gives a completion or a list; updates give {"success", "message"}; a mistake of
 the caller is status 400 with one sentence. /weights_checker hashes parameters by their Hugging Face
 names: sha256 of the float32 values, row-major, little-endian.
 """
 
 import asyncio
+import hashlib
+import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +23,13 @@ from tokenizers import Tokenizer
 from r1mega.rollout.engine import messages
 from r1mega.rollout.engine.engine import Engine
 from r1mega.rollout.engine.requests import Completion
-from r1mega.rollout.engine.updates import WeightUpdater
+from r1mega.rollout.engine.updates import Payload, WeightUpdater
 from r1mega.rollout.engine.weights import Weights, checksums, load_folder
 
 SGLANG_VERSION = "0.5.23"  # whose API this is
 _MAX_BODY_BYTES = 256 << 20
+_HEALTH_TIMEOUT_S = 20.0
+_OPEN_PATHS = ("/health", "/health_generate", "/ready")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -35,6 +39,7 @@ class Identity:
     """What /model_info and /server_info tell beside the live state."""
 
     model_path: str
+    served_model_name: str
     load_format: str
     host: str
     port: int
@@ -57,33 +62,44 @@ class Routes:
 
     async def generate(self, request: web.Request) -> web.Response:
         started = time.monotonic()
-        body = await _body(request, messages.GenerateBody)
-        asked = messages.parse_generate(body, self.limits)
-        if asked.rid in self.in_flight:
-            raise ValueError(f"rid {asked.rid!r} is in use by a running request")
-        self.in_flight.add(asked.rid)
+        question = messages.parse_generate(await _body(request, messages.GenerateBody), self.limits)
+        rids = {asked.rid for asked in question.asked}
+        if rids & self.in_flight:
+            raise ValueError(f"rid {min(rids & self.in_flight)!r} is in use by a running request")
+        self.in_flight.update(rids)
+        futures = [self.engine.generate(asked) for asked in question.asked]
         try:
-            completion = await asyncio.wrap_future(self.engine.generate(asked))
+            completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except asyncio.CancelledError:  # the client went away
-            self.engine.call(partial(self.engine.abort, asked.rid))
+            for rid in rids:
+                self.engine.call(partial(self.engine.abort, rid))
             raise
         finally:
-            self.in_flight.remove(asked.rid)
-        text = self._text(completion, body.sampling_params)
-        seconds = time.monotonic() - started
-        return _json(
+            self.in_flight.difference_update(rids)
+        latency_s = time.monotonic() - started
+        answers = [
             messages.answer(
-                completion, text, return_logprob=bool(body.return_logprob), latency_s=seconds
+                completion,
+                self._text(completion, keep_stop=keep_stop, skip_special=skip_special),
+                return_logprob=return_logprob,
+                latency_s=latency_s,
             )
-        )
+            for completion, return_logprob, keep_stop, skip_special in zip(
+                completions,
+                question.return_logprob,
+                question.keep_stop,
+                question.skip_special,
+                strict=True,
+            )
+        ]
+        return _json(answers if question.is_list else answers[0])
 
-    def _text(self, completion: Completion, params: messages.SamplingParams) -> str:
+    def _text(self, completion: Completion, *, keep_stop: bool, skip_special: bool) -> str:
         if self.tokenizer is None:
             return ""
         token_ids = list(completion.token_ids)
-        if completion.finish.kind == "stop" and not params.no_stop_trim:
+        if completion.finish.kind == "stop" and not keep_stop:
             token_ids.pop()
-        skip_special = params.skip_special_tokens is not False
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special))
 
     async def abort_request(self, request: web.Request) -> web.Response:
@@ -141,9 +157,13 @@ class Routes:
 
     async def update_weights_from_distributed(self, request: web.Request) -> web.Response:
         body = await _body(request, messages.UpdateBody)
-        receive = partial(
-            self.updater.receive, body.names, body.dtypes, body.shapes, body.group_name
+        payload = Payload(
+            names=body.names,
+            dtypes=body.dtypes,
+            shapes=body.shapes,
+            load_format=body.load_format,
         )
+        receive = partial(self.updater.receive, payload, body.group_name)
         return await self._write_weights(body, receive)
 
     async def update_weights_from_disk(self, request: web.Request) -> web.Response:
@@ -174,21 +194,60 @@ class Routes:
         return await self._update(update, exclusive=True)
 
     async def weights_checker(self, request: web.Request) -> web.Response:
-        await _body(request, messages.WeightsCheckerBody)
-        by_name = await self._on_engine(partial(checksums, self.weights))
-        return _json({"success": True, "message": "Success.", "ranks": [{"checksums": by_name}]})
+        body = await _body(request, messages.WeightsCheckerBody)
+        skip = body.skip_tensor_list or ()
+        by_name = await self._on_engine(lambda: dict(checksums(self.weights, skip)))
+        overall = hashlib.sha256()
+        for name in sorted(by_name):
+            overall.update(name.encode() + by_name[name].encode())
+        rank = {"checksums": by_name, "per_gpu_checksum": overall.hexdigest()}
+        per_engine = hashlib.sha256(overall.hexdigest().encode()).hexdigest()
+        return _json(
+            {
+                "success": True,
+                "message": "Success.",
+                "ranks": [rank],
+                "per_engine_checksum": per_engine,
+            }
+        )
+
+    async def get_weights_by_name(self, request: web.Request) -> web.Response:
+        if request.method == "GET" and not request.can_read_body:
+            body = _query(request, messages.GetWeightsBody)
+        else:
+            body = await _body(request, messages.GetWeightsBody)
+
+        def read() -> list[Any]:
+            if body.name not in self.weights.named:
+                raise ValueError(f"there is no parameter {body.name!r} in this model")
+            return list(self.weights.named[body.name][: body.truncate_size].tolist())
+
+        return _json(await self._on_engine(read))
 
     # State
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.engine.alive else 503)
 
+    async def health_generate(self, request: web.Request) -> web.Response:
+        """One token through the engine, unless it is at work anyway (or paused)."""
+        scheduler = self.engine.scheduler
+        if self.engine.alive and scheduler.idle and not scheduler.paused:
+            params = messages.SamplingParams(max_new_tokens=1, temperature=0.0)
+            body = messages.GenerateBody(input_ids=[0], sampling_params=params)
+            probe = self.engine.generate(messages.parse_generate(body, self.limits).asked[0])
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(probe), _HEALTH_TIMEOUT_S)
+            except TimeoutError:
+                return web.Response(status=503)
+        return await self.health(request)
+
     async def model_info(self, request: web.Request) -> web.Response:
         identity = self.identity
         return _json(
             {
                 "model_path": identity.model_path,
-                "served_model_name": identity.model_path,
+                "served_model_name": identity.served_model_name,
                 "tokenizer_path": identity.model_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
@@ -205,7 +264,7 @@ class Routes:
         return _json(
             {
                 "model_path": identity.model_path,
-                "served_model_name": identity.model_path,
+                "served_model_name": identity.served_model_name,
                 "tokenizer_path": identity.model_path,
                 "host": identity.host,
                 "port": identity.port,
@@ -259,6 +318,13 @@ async def _body(request: web.Request, kind: type[Body]) -> Body:
         raise ValueError(f"bad request body: {error}") from error
 
 
+def _query(request: web.Request, kind: type[Body]) -> Body:
+    try:
+        return msgspec.convert(dict(request.query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"bad query: {error}") from error
+
+
 def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(value), status=status, content_type="application/json"
@@ -273,25 +339,49 @@ async def _explain_mistakes(request: web.Request, handler: Handler) -> web.Strea
         return _json({"error": {"message": str(error)}}, status=400)
 
 
-def application(routes: Routes) -> web.Application:
-    app = web.Application(middlewares=[_explain_mistakes], client_max_size=_MAX_BODY_BYTES)
+def _require_key(api_key: str) -> Any:
+    expected = f"Bearer {api_key}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if request.path not in _OPEN_PATHS and not hmac.compare_digest(given, expected):
+            return _json({"error": {"message": "wrong or missing API key"}}, status=401)
+        return await handler(request)
+
+    return check
+
+
+def application(routes: Routes, api_key: str | None) -> web.Application:
+    middlewares = [_explain_mistakes]
+    if api_key is not None:
+        middlewares.insert(0, _require_key(api_key))
+    app = web.Application(middlewares=middlewares, client_max_size=_MAX_BODY_BYTES)
     app.add_routes(
         [
             web.post("/generate", routes.generate),
             web.post("/abort_request", routes.abort_request),
             web.post("/pause_generation", routes.pause_generation),
             web.post("/continue_generation", routes.continue_generation),
-            web.route("*", "/flush_cache", routes.flush_cache),
+            web.route("GET", "/flush_cache", routes.flush_cache),
+            web.route("POST", "/flush_cache", routes.flush_cache),
             web.post("/begin_weight_update", routes.begin_weight_update),
             web.post("/end_weight_update", routes.end_weight_update),
             web.post("/init_weights_update_group", routes.init_weights_update_group),
             web.post("/destroy_weights_update_group", routes.destroy_weights_update_group),
             web.post("/update_weights_from_distributed", routes.update_weights_from_distributed),
             web.post("/update_weights_from_disk", routes.update_weights_from_disk),
-            web.route("*", "/weights_checker", routes.weights_checker),
+            web.route("GET", "/weights_checker", routes.weights_checker),
+            web.route("POST", "/weights_checker", routes.weights_checker),
+            web.route("GET", "/get_weights_by_name", routes.get_weights_by_name),
+            web.route("POST", "/get_weights_by_name", routes.get_weights_by_name),
             web.get("/health", routes.health),
+            web.get("/health_generate", routes.health_generate),
+            web.get("/ready", routes.health),
             web.get("/model_info", routes.model_info),
+            web.get("/get_model_info", routes.model_info),
             web.get("/server_info", routes.server_info),
+            web.get("/get_server_info", routes.server_info),
             web.get("/v1/loads", routes.loads),
         ]
     )

@@ -1,17 +1,33 @@
 """Weight updates over a collective group of its own, in SGLang's protocol.
 
-Tensors are broadcast one by one in list order. A call receives everything first and writes the
-weights only when all of it fits, so a refused or broken call leaves weights and version as they
-were.
+Tensors are broadcast one by one in list order, or as one
+uint8 bucket. A call receives everything first and writes the weights only when all of it fits, so
+a refused or broken call leaves weights and version as they were.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from r1mega.rollout.engine.weights import Weights, check_names, load
 from r1mega.rollout.wire import join_group
+
+LoadFormat = Literal["flattened_bucket"] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Payload:
+    """What a call announces: parallel lists, in the order of the broadcasts."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    load_format: LoadFormat = None
 
 
 class WeightUpdater:
@@ -48,8 +64,12 @@ class WeightUpdater:
             raise ValueError(f"cannot join group {name!r} at {address}:{port}: {error}") from error
 
     def destroy_group(self, name: str) -> None:
-        self._group(name)
-        dist.destroy_process_group(self._groups.pop(name))
+        dist.destroy_process_group(self._pop_group(name))
+
+    def _pop_group(self, name: str) -> dist.ProcessGroup:
+        if name not in self._groups:
+            raise ValueError(f"there is no group {name!r}: call /init_weights_update_group first")
+        return self._groups.pop(name)
 
     def begin(self) -> None:
         if self._in_session:
@@ -61,39 +81,27 @@ class WeightUpdater:
             raise ValueError("no weight update is open: call /begin_weight_update first")
         self._in_session = False
 
-    def receive(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group_name: str,
-    ) -> None:
-        """Receive what is announced, in its order; what does not fit is drained and refused."""
+    def receive(self, payload: Payload, group_name: str) -> None:
+        """Receive what is announced and load it; a payload that does not fit is still drained."""
         if not self._in_session:
             raise ValueError(
                 "weights can be updated only between /begin_weight_update and /end_weight_update"
             )
-        group = self._group(group_name)
-        lengths = (len(names), len(dtypes), len(shapes))
+        if group_name not in self._groups:
+            raise ValueError(
+                f"there is no group {group_name!r}: call /init_weights_update_group first"
+            )
+        dtypes = [_dtype(name) for name in payload.dtypes]
+        lengths = (len(payload.names), len(dtypes), len(payload.shapes))
         if len(set(lengths)) != 1:
             raise ValueError(f"names, dtypes and shapes have different lengths: {lengths}")
-        tensors = [
-            torch.empty(*shape, dtype=_dtype(name))
-            for shape, name in zip(shapes, dtypes, strict=True)
-        ]
+        group = self._groups[group_name]
         try:
-            works = [dist.broadcast(t, src=0, group=group, async_op=True) for t in tensors]
-            for work in works:
-                work.wait()
+            tensors = _receive(payload, dtypes, group)
         except RuntimeError as error:
             raise ValueError(f"the broadcast over group {group_name!r} broke: {error}") from error
-        check_names(self._weights, names, shapes)
-        load(self._weights, zip(names, tensors, strict=True))
-
-    def _group(self, name: str) -> dist.ProcessGroup:
-        if name not in self._groups:
-            raise ValueError(f"there is no group {name!r}: call /init_weights_update_group first")
-        return self._groups[name]
+        check_names(self._weights, payload.names, payload.shapes)
+        load(self._weights, zip(payload.names, tensors, strict=True))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -101,3 +109,32 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"there is no dtype {name!r}; send torch names such as 'float32'")
     return dtype
+
+
+def _receive(
+    payload: Payload, dtypes: Sequence[torch.dtype], group: dist.ProcessGroup
+) -> list[Tensor]:
+    if payload.load_format == "flattened_bucket":
+        return _receive_bucket(payload.shapes, dtypes, group)
+    tensors = [
+        torch.empty(*shape, dtype=d) for shape, d in zip(payload.shapes, dtypes, strict=True)
+    ]
+    handles = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]
+    for handle in handles:
+        handle.wait()
+    return tensors
+
+
+def _receive_bucket(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """One uint8 broadcast: the bytes of every tensor, one after the other."""
+    sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
+    bucket = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(bucket, src=0, group=group)
+    parts = bucket.split(sizes)
+    # clone: a part may start at an address that its dtype cannot be read from
+    return [
+        part.clone().view(dtype).view(*shape)
+        for part, dtype, shape in zip(parts, dtypes, shapes, strict=True)
+    ]

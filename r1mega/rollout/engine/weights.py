@@ -5,7 +5,7 @@ copy and nothing is derived afterwards. All storage is float32: payloads of anot
 on load, and checksums are of the float32 values.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +199,9 @@ def _is_unused(name: str, weights: Weights) -> bool:
     return beyond or name.endswith("rotary_emb.inv_freq")
 
 
-def checksums(weights: Weights) -> dict[str, str]:
-    """HF name -> digest of every parameter."""
-    return {name: digest(tensor) for name, tensor in weights.named.items()}
+def checksums(weights: Weights, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """(HF name, digest) of every parameter whose name contains none of ``skip``."""
+    skipped = tuple(skip)
+    for name, tensor in weights.named.items():
+        if not any(part in name for part in skipped):
+            yield name, digest(tensor)

@@ -79,7 +79,7 @@ def submit() -> Callable[..., "Future[Completion]"]:
         future: Future[Completion] = Future()
         name = asked.pop("rid", f"r{id(future)}")
         fields = {"max_new_tokens": 16, **asked}
-        request = Asked(rid=name, prompt=tuple(prompt), **fields)
+        request = Asked(rid=name, parent_rid=name, prompt=tuple(prompt), **fields)
         scheduler.add(Request(request, future))
         return future
 

@@ -49,12 +49,13 @@ def api_types() -> ModuleType:
     [
         ({}, "send the prompt as input_ids"),
         ({"text": "hello"}, "send the prompt as input_ids"),
-        ({"input_ids": []}, "send the prompt as input_ids"),
+        ({"input_ids": [3, [4]]}, "mixes token ids and lists"),
+        ({"input_ids": [[3], []]}, "prompt 1 of input_ids is empty"),
         ({"input_ids": [3, 64]}, r"token id outside \[0, 64\)"),
         ({"input_ids": [3], "stream": True}, "stream is not implemented"),
         ({"input_ids": [3], "logprob_start_len": 0}, "log-probs of the prompt"),
-        ({"input_ids": [[3], [4]]}, "Expected `int`, got `array`"),
-        ({"input_ids": [3], "rid": ["a"]}, "Expected `str | null`, got `array`"),
+        ({"input_ids": [3], "rid": ["a", "b"]}, "rid has 2 entries for 1 prompts"),
+        ({"input_ids": [[3], [4]], "rid": ["a", "a"]}, "rid has duplicates"),
         ({"input_ids": [3] * 32}, "32 tokens, which leaves no room for a response"),
     ],
 )
@@ -71,13 +72,12 @@ def test_bad_bodies_get_one_sentence(body: dict[str, Any], message: str):
             "2 prompt tokens and 31 new tokens exceed the context length of 32",
         ),
         ({"max_new_tokens": -1}, "max_new_tokens is -1, it must be at least 0"),
-        ({"min_new_tokens": 2}, "min_new_tokens=2 is not implemented"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens must be in \[0, max_new"),
         ({"temperature": -0.1}, "temperature must be a non-negative finite number, got -0.1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_k": 0}, "top_k must be -1"),
-        ({"min_p": 0.5}, "min_p=0.5 is not implemented"),
-        ({"n": 0}, "n=0 is not implemented"),
-        ({"n": 2}, "n=2 is not implemented"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
+        ({"n": 0}, "n is 0, it must be at least 1"),
         ({"stop": ["</answer>"]}, "stop=.*is not implemented"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1 is not implemented"),
     ],
@@ -90,22 +90,32 @@ def test_bad_sampling_params_get_one_sentence(params: dict[str, Any], message: s
 def test_unknown_sampling_params_are_refused_and_unknown_keys_beside_them_ignored():
     with pytest.raises(msgspec.ValidationError, match="unknown field `max_token`"):
         _parse({"input_ids": [3], "sampling_params": {"max_token": 4}})
-    params = {"max_new_tokens": 4, "repetition_penalty": 1.0, "n": None, "stop": []}
-    assert _parse({"input_ids": [3], "priority": 3, "sampling_params": params}).prompt == (3,)
+    params = {"max_new_tokens": 4, "repetition_penalty": 1.0, "stop": []}
+    assert _parse({"input_ids": [3], "priority": 3, "sampling_params": params}).asked
 
 
-def test_what_is_asked():
-    params = {"max_new_tokens": None, "sampling_seed": 10, "stop_token_ids": [7], "top_k": 64}
-    asked = _parse({"input_ids": [3, 4], "rid": "job", "sampling_params": params})
-    assert (asked.rid, asked.prompt, asked.seed) == ("job", (3, 4), 10)
-    assert asked.max_new_tokens == 30
-    assert asked.stop_token_ids == {1, 7}
-    assert asked.top_k == -1  # the whole vocabulary
-    params = {"max_new_tokens": 5, "ignore_eos": True, "stop_token_ids": [7]}
-    one, two = (_parse({"input_ids": [5], "sampling_params": params}) for _ in range(2))
-    assert one.stop_token_ids == set()
-    assert one.rid != two.rid
-    assert one.seed != two.seed
+def test_batches_copies_and_rids():
+    question = _parse(
+        {
+            "input_ids": [[3, 4], [5]],
+            "rid": "job",
+            "return_logprob": [True, False],
+            "sampling_params": [
+                {"n": 2, "sampling_seed": 10, "max_new_tokens": None},
+                {"max_new_tokens": 5, "ignore_eos": True, "stop_token_ids": [7]},
+            ],
+        }
+    )
+    first, second, third = question.asked
+    assert question.is_list
+    assert [asked.rid for asked in question.asked] == ["job_0_0", "job_0_1", "job_1"]
+    assert {asked.parent_rid for asked in question.asked} == {"job"}
+    assert (first.seed, second.seed) == (10, 11)
+    assert first.max_new_tokens == 30
+    assert first.stop_token_ids == {1}
+    assert third.stop_token_ids == set()
+    assert question.return_logprob == [True, True, False]
+    assert not _parse({"input_ids": [3], "sampling_params": {"max_new_tokens": 4}}).is_list
 
 
 def test_version_spans_merge_and_skip_empty_ones():
@@ -123,7 +133,7 @@ def test_version_spans_merge_and_skip_empty_ones():
     ],
 )
 def test_answers_are_read_by_sglangs_schema(api_types: ModuleType, finish: Finish):
-    asked = Asked(rid="r", prompt=(3, 4), max_new_tokens=2)
+    asked = Asked(rid="r", parent_rid="r", prompt=(3, 4), max_new_tokens=2)
     completion = Completion(
         asked=asked,
         token_ids=(5, 1),

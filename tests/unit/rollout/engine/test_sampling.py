@@ -35,11 +35,12 @@ def test_frequencies_are_the_softmax(temperature: float):
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees, p = 0.001
 
 
-def test_top_k_and_top_p_keep_what_they_say():
+def test_top_k_top_p_min_p_keep_what_they_say():
     assert set(_draws(4000, top_k=3)) == {0, 6, 1}
     probabilities = torch.softmax(LOGITS, -1).sort(descending=True).values
     nucleus = int((probabilities.cumsum(0) - probabilities <= 0.75).sum())
     assert set(_draws(4000, top_p=0.75)) == set(LOGITS.argsort(descending=True)[:nucleus].tolist())
+    assert set(_draws(4000, min_p=0.3)) == {0, 6, 1}  # e^-0.5, e^-1 and no other above 0.3
 
 
 def test_of_equal_tokens_the_first_are_kept():
@@ -53,17 +54,18 @@ def test_of_equal_tokens_the_first_are_kept():
 
 
 def test_logprobs_are_of_the_unrestricted_distribution_at_the_temperature():
-    how = Choice(seed=1, position=2, temperature=0.5, top_k=2)
+    how = Choice(seed=1, position=2, temperature=0.5, top_k=2, suppressed=(0,))
     drawn = draw(LOGITS[None], [how])[0]
-    assert drawn.token_id in (0, 6)
+    assert drawn.token_id in (6, 1)
     expected = torch.log_softmax(LOGITS.double() / 0.5, -1)[drawn.token_id].item()
     assert drawn.logprob == pytest.approx(expected, abs=1e-6)
 
 
-def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one():
+def test_temperature_zero_is_greedy_and_respects_suppression():
     assert set(_draws(50, temperature=0.0)) == {0}
-    drawn = draw(LOGITS[None], [Choice(seed=1, position=0, temperature=0.0)])[0]
-    assert drawn.logprob == pytest.approx(torch.log_softmax(LOGITS, -1)[0].item(), abs=1e-6)
+    drawn = draw(LOGITS[None], [Choice(seed=1, position=0, temperature=0.0, suppressed=(0,))])[0]
+    assert drawn.token_id == 6
+    assert drawn.logprob == pytest.approx(torch.log_softmax(LOGITS, -1)[6].item(), abs=1e-6)
 
 
 def test_logits_that_are_not_numbers_are_reported():

@@ -133,7 +133,7 @@ def test_prefixes_beyond_the_memory_limit_are_forgotten_oldest_first(
     assert newest.result(0).cached_tokens == 188
 
 
-def test_stop_tokens_end_a_response(
+def test_stop_tokens_and_their_suppression(
     saved: Callable, scheduler_of: Callable, submit: Callable, run_all: Callable
 ):
     scheduler = scheduler_of(saved("yarn"))
@@ -143,10 +143,19 @@ def test_stop_tokens_end_a_response(
     stop = next(token for token in tokens[5:] if token not in tokens[:5])
     end = tokens.index(stop) + 1
     stopped = submit(scheduler, PROMPTS[9], seed=1, stop_token_ids=frozenset([stop, 63]))
+    late = submit(
+        scheduler,
+        PROMPTS[9],
+        seed=1,
+        stop_token_ids=frozenset([stop]),
+        min_new_tokens=15,
+        max_new_tokens=20,
+    )
     run_all(scheduler)
     assert stopped.result(0).token_ids == tokens[:end]
     assert stopped.result(0).finish.kind == "stop"
     assert stopped.result(0).finish.matched == stop
+    assert stop not in late.result(0).token_ids[:15]
     assert free.result(0).finish.kind == "length"
 
 

@@ -53,28 +53,22 @@ def _wait_for_load(server: Any, **expected: int) -> None:
         time.sleep(0.005)
 
 
-def _paused_with(server: Any, mode: str, rids: str) -> list[Background]:
+def _paused_with(server: Any, mode: str, num_requests: int, **body: Any) -> Background:
     """Requests that are half done and held by a pause; the engine is paused before they arrive."""
     server.call("/pause_generation", {"mode": "in_place"})
-    calls = [
-        Background(server, {"input_ids": [3, 4, 5 + i], "sampling_params": LONG, "rid": rid})
-        for i, rid in enumerate(rids)
-    ]
-    _wait_for_load(server, num_waiting_reqs=len(rids))
+    prompts = [[3, 4, 5 + i] for i in range(num_requests)]
+    call = Background(server, {"input_ids": prompts, "sampling_params": LONG, **body})
+    _wait_for_load(server, num_waiting_reqs=num_requests)
     server.call("/continue_generation", {})
-    _wait_for_load(server, num_running_reqs=len(rids))
+    _wait_for_load(server, num_running_reqs=num_requests)
     server.call("/pause_generation", {"mode": mode})
-    return calls
-
-
-def _answers(calls: list[Background]) -> list[Any]:
-    return [call.join()[1] for call in calls]
+    return call
 
 
 @pytest.mark.timeout(180)
 def test_generate_and_state(saved: Callable, start_server: Callable):
     own = saved("yarn")
-    server = start_server(own.folder, "--weight-version", "7")
+    server = start_server(own.folder, "--weight-version", "7", "--served-model-name", "tiny")
     prompt = [5, 9, 11, 3]
     single = _generate(server, prompt, max_new_tokens=20, sampling_seed=3, ignore_eos=True)
     assert single["text"] == ""
@@ -90,16 +84,18 @@ def test_generate_and_state(saved: Callable, start_server: Callable):
     measured = torch.tensor(logprobs, dtype=torch.float64)
     torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
 
-    again = _generate(server, prompt, max_new_tokens=20, sampling_seed=3, ignore_eos=True)
-    assert again["output_ids"] == single["output_ids"]
-    assert again["meta_info"]["output_token_logprobs"] == meta["output_token_logprobs"]
-    assert again["meta_info"]["cached_tokens"] == 3
-    other = _generate(server, prompt, max_new_tokens=20, sampling_seed=4, ignore_eos=True)
-    assert other["output_ids"] != single["output_ids"]
+    batch = _generate(server, [prompt] * 3, max_new_tokens=20, sampling_seed=3, ignore_eos=True)
+    assert [one["output_ids"] for one in batch] == [single["output_ids"]] * 3
+    assert batch[2]["meta_info"]["output_token_logprobs"] == meta["output_token_logprobs"]
+    assert batch[0]["meta_info"]["cached_tokens"] == 3
+    copies = _generate(server, prompt, max_new_tokens=20, sampling_seed=3, n=4, ignore_eos=True)
+    assert copies[0]["output_ids"] == single["output_ids"]
+    assert len({tuple(one["output_ids"]) for one in copies}) == 4
 
-    assert server.call("/health")[0] == 200
+    for path in ("/health", "/health_generate", "/ready"):
+        assert server.call(path)[0] == 200
     info = server.call("/model_info")[1]
-    assert (info["weight_version"], info["model_path"]) == ("7", str(own.folder))
+    assert (info["weight_version"], info["served_model_name"]) == ("7", "tiny")
     assert server.call("/server_info")[1]["max_running_requests"] == 64
     assert (
         server.call("/flush_cache") == server.call("/flush_cache", {}) == (200, "Cache flushed.\n")
@@ -122,7 +118,7 @@ def test_generate_and_state(saved: Callable, start_server: Callable):
 @pytest.mark.timeout(180)
 def test_pause_abort_and_client_that_leaves(saved: Callable, start_server: Callable):
     server = start_server(saved("plain").folder, "--max-running-requests", "4")
-    calls = _paused_with(server, "in_place", "abcd")
+    call = _paused_with(server, "in_place", 4, rid=["a", "b", "c", "d"])
     assert server.call("/flush_cache")[0] == 400
     assert server.call("/abort_request", {"rid": "b"})[0] == 200
     assert server.call("/abort_request", {"rid": ""})[0] == 200
@@ -131,16 +127,18 @@ def test_pause_abort_and_client_that_leaves(saved: Callable, start_server: Calla
     assert status == 400
     assert "rid 'a' is in use" in answer["error"]["message"]
     server.call("/continue_generation", {})
-    answers = _answers(calls)
+    status, answers = call.join()
     kinds = [one["meta_info"]["finish_reason"]["type"] for one in answers]
     assert kinds == ["length", "abort", "length", "length"]
     partial = answers[1]["output_ids"]
     assert 0 < len(partial) == answers[1]["meta_info"]["completion_tokens"] < 230
 
-    answers = _answers(_paused_with(server, "abort", "efg"))
+    call = _paused_with(server, "abort", 3)
+    status, answers = call.join()
     assert {one["meta_info"]["finish_reason"]["type"] for one in answers} == {"abort"}
     late = Background(server, {"input_ids": [3, 4], "sampling_params": {"max_new_tokens": 3}})
     _wait_for_load(server, num_waiting_reqs=1)
+    assert server.call("/health_generate")[0] == 200
     server.call("/continue_generation", {})
     assert late.join()[0] == 200
 
@@ -158,14 +156,14 @@ def test_weights_from_disk(saved: Callable, start_server: Callable, tmp_path: Pa
     server = start_server(old.folder, "--weight-version", "0")
     prompt = [5, 9, 11, 3]
     _generate(server, prompt, max_new_tokens=2)
-    calls = _paused_with(server, "retract", "ab")
+    call = _paused_with(server, "retract", 2)
     body = {"model_path": str(new.folder), "weight_version": "1"}
     assert server.call("/update_weights_from_disk", body) == (
         200,
         {"success": True, "message": "Success."},
     )
     server.call("/continue_generation", {})
-    for one in _answers(calls):
+    for one in call.join()[1]:
         spans = one["meta_info"]["weight_versions"]
         assert [span["version"] for span in spans] == ["0", "1"]
         assert spans[0]["end"] == spans[1]["start"]
@@ -191,20 +189,28 @@ def test_weights_from_disk(saved: Callable, start_server: Callable, tmp_path: Pa
     status, answer = server.call("/update_weights_from_disk", {"model_path": str(tmp_path)})
     assert status == 400
     assert "holds no *.safetensors" in answer["message"]
+    row = server.call("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": 3})[1]
+    assert row == old.network.model.norm.weight[:3].tolist()
+    assert server.call("/get_weights_by_name?name=model.norm.weight&truncate_size=3")[1] == row
+    assert server.call("/get_weights_by_name", {"name": "nothing"})[0] == 400
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_dummy_weights_and_tokenizer(saved: Callable, start_server: Callable, tmp_path: Path):
+def test_dummy_weights_tokenizer_and_api_key(
+    saved: Callable, start_server: Callable, tmp_path: Path
+):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
     shutil.copy(saved("plain").folder / "config.json", tmp_path)
     words = {f"w{i} ": i for i in range(64)}
     Tokenizer(WordLevel(words, unk_token="w0 ")).save(str(tmp_path / "tokenizer.json"))
-    server = start_server(tmp_path, "--load-format", "dummy")
+    server = start_server(tmp_path, "--load-format", "dummy", "--api-key", "secret")
     body = {"input_ids": [3], "sampling_params": {"max_new_tokens": 200, "sampling_seed": 1}}
-    status, answer = server.call("/generate", body)
+    assert server.call("/generate", body)[0] == 401
+    assert server.call("/generate", body, Authorization="Bearer wrong")[0] == 401
+    status, answer = server.call("/generate", body, Authorization="Bearer secret")
     assert status == 200
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": 1}
     assert answer["output_ids"][-1] == 1
@@ -229,12 +235,13 @@ def test_a_taken_port_is_one_sentence_and_exit_code_1(saved: Callable, start_ser
 def test_bad_flags_get_one_sentence(saved: Callable, tmp_path: Path):
     folder = str(saved("plain").folder)
     for flags, message in (
-        (["--model-path", folder, "--host", "0.0.0.0"], "reachable from outside"),
-        (["--model-path", folder, "--host", "example.org"], "reachable from outside"),
+        (["--model-path", folder, "--host", "0.0.0.0"], "give an --api-key as well"),
+        (["--model-path", folder, "--host", "example.org"], "give an --api-key as well"),
         (["--model-path", str(tmp_path)], "has no config.json"),
         (["--model-path", folder, "--context-length", "0"], "--context-length is 0, it must be"),
     ):
         with pytest.raises(ValueError, match=message):
             check_flags(parse_flags(flags))
+    check_flags(parse_flags(["--model-path", folder, "--host", "0.0.0.0", "--api-key", "k"]))
     for host in ("127.0.0.1", "::1", "localhost"):
         check_flags(parse_flags(["--model-path", folder, "--host", host]))

@@ -68,10 +68,12 @@ class Server:
     port: int
     process: "subprocess.Popen[bytes]"
 
-    def call(self, path: str, body: Any = None, *, timeout_s: float = 60.0) -> tuple[int, Any]:
+    def call(
+        self, path: str, body: Any = None, *, timeout_s: float = 60.0, **headers: str
+    ) -> tuple[int, Any]:
         """POST a JSON body, or GET without one: (status, parsed body)."""
         raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data=raw)
+        request = urllib.request.Request(f"{self.url}{path}", data=raw, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 status, text = response.status, response.read().decode()

@@ -115,5 +115,9 @@ def _sglang_cpu(config: Config) -> list[str]:
 
 
 def _sglang_cuda(config: Config) -> list[str]:
-    dtype = "float32" if config.learner.precision == "fp32" else "bfloat16"
-    return ["--tp-size", str(config.cluster.gpus_per_engine), "--dtype", dtype]
+    return ["--tp-size", str(config.cluster.gpus_per_engine), "--dtype", engine_dtype(config)]
+
+
+def engine_dtype(config: Config) -> str:
+    """In which engines compute on GPUs, and which their config.json names."""
+    return "float32" if config.learner.precision == "fp32" else "bfloat16"

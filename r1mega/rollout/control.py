@@ -44,23 +44,20 @@ def answers(url: str, *, timeout_s: float) -> bool:
 
 
 def post_each(
-    bases: Sequence[str], route: str, bodies: Sequence[Mapping[str, Any]], *, timeout_s: float
-) -> dict[str, CallFailed]:
-    """POST ``bodies[i]`` to ``bases[i] + route``, all at once; the failures by base."""
+    bases: Sequence[str], route: str, body: Mapping[str, Any], *, timeout_s: float
+) -> dict[str, str]:
+    """POST ``body`` to every ``base + route``, all at once; what failed, by base."""
+
+    def failure(base: str) -> str | None:
+        try:
+            post(base + route, body, timeout_s=timeout_s)
+        except CallFailed as error:
+            return str(error)
+        return None
+
     with ThreadPoolExecutor(max(1, len(bases))) as pool:
-        calls = [
-            pool.submit(post, base + route, body, timeout_s=timeout_s)
-            for base, body in zip(bases, bodies, strict=True)
-        ]
-        failures = [call.exception() for call in calls]
-    for failure in failures:
-        if failure is not None and not isinstance(failure, CallFailed):
-            raise failure
-    return {
-        base: failure
-        for base, failure in zip(bases, failures, strict=True)
-        if isinstance(failure, CallFailed)
-    }
+        found = list(pool.map(failure, bases))
+    return {base: why for base, why in zip(bases, found, strict=True) if why is not None}
 
 
 # A proxy from the environment must not stand between the processes of one job.

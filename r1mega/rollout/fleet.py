@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from r1mega.rollout import control, transfer
 from r1mega.rollout.router import RouterClient
 from r1mega.rollout.transfer import Transfer
-from r1mega.system import processes
+from r1mega.system import files, processes
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +146,15 @@ class Fleet:
             self._transfer = None
 
 
+def write_engine(folder: Path, engine: EngineHandle) -> None:
+    """Tell the fleet that ``engine`` is alive."""
+    files.write_atomically(engine_file(folder, engine.name), json.dumps(asdict(engine)) + "\n")
+
+
 def read_engine(path: Path) -> EngineHandle:
-    """One engine's file, as the launcher wrote it."""
-    values = json.loads(path.read_text())
-    return EngineHandle(
-        name=path.stem,
-        url=values["url"],
-        pid=values["pid"],
-        incarnation=values["incarnation"],
-    )
+    return EngineHandle(**json.loads(path.read_text()))
+
+
+def engine_file(folder: Path, name: str) -> Path:
+    """There exactly while the engine is alive."""
+    return folder / f"{name}.json"

@@ -23,7 +23,7 @@ from r1mega.parallel.collectives import broadcast_record
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.fleet import EngineHandle, Fleet, FleetNotReady
-from r1mega.rollout.transfer import Transfer, TransferFailed
+from r1mega.rollout.transfer import Failures, Transfer, TransferFailed
 from r1mega.rollout.wire import digest
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,14 @@ class _Sent:
     tensors: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     digested_bytes: int = 0
+
+    def note(self, bucket: Bucket, version: int) -> None:
+        for name, tensor in bucket:
+            self.tensors += 1
+            self.bytes += tensor.nbytes
+            if _is_checked(name, version) and self.digested_bytes < _CHECK_AT_MOST_BYTES:
+                self.digests[name] = digest(tensor)
+                self.digested_bytes += tensor.nbytes
 
 
 def publish_from_all_ranks(
@@ -120,31 +128,24 @@ def publish(
     fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
 ) -> SyncReport:
     """Send ``tensors`` to all usable engines and admit exactly those to the router."""
-    try:
-        return _publish(fleet, tensors, version, bucket_bytes)
-    finally:
-        _exhaust(tensors)
-
-
-def _publish(
-    fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
-) -> SyncReport:
     started = time.monotonic()
     engines = fleet.usable()
-    if not engines:
-        raise SyncFailed("no engine answers")
-    fleet.set_version(engines, None)
     try:
+        if not engines:
+            raise SyncFailed("no engine answers")
+        fleet.set_version(engines, None)
         sent = _send_all(fleet, engines, tensors, version, bucket_bytes)
         if fleet.compares_checksums:
-            _compare_checksums(fleet, engines, sent)
+            _compare_checksums(engines, sent.digests, fleet.timeout_s)
         fleet.set_version(engines, version)
         fleet.admit(version)
     except TransferFailed as error:
-        culprits = _quarantine_culprits(fleet, engines, error)
+        culprits = _quarantine_culprits(fleet, engines, error.failures)
         raise SyncFailed("; ".join(culprits) or str(error)) from error
     except CallFailed as error:  # the router: the engines are blameless
         raise SyncFailed(str(error)) from error
+    finally:
+        _exhaust(tensors)
     return SyncReport(
         version=version,
         bytes=sent.bytes,
@@ -167,41 +168,43 @@ def _send_all(
     _post_all(fleet, group, "/begin_weight_update")
     for bucket, is_last in _with_last_marked(_buckets(tensors, bucket_bytes)):
         group.send(bucket, version=version if is_last else None)
-        _note(sent, bucket, version)
+        sent.note(bucket, version)
     _post_all(fleet, group, "/end_weight_update")
     return sent
 
 
 def _post_all(fleet: Fleet, group: Transfer, route: str) -> None:
-    bodies: list[dict[str, str]] = [{} for _ in group.urls]
-    failures = control.post_each(group.urls, route, bodies, timeout_s=fleet.timeout_s)
-    if failures:
-        reasons = {url: str(failure) for url, failure in failures.items()}
-        raise TransferFailed(next(iter(reasons.values())), reasons)
+    if failures := control.post_each(group.urls, route, {}, timeout_s=fleet.timeout_s):
+        raise TransferFailed(failures)
 
 
-def _compare_checksums(fleet: Fleet, engines: list[EngineHandle], sent: _Sent) -> None:
-    wrong: dict[str, str] = {}
-    for engine in engines:
-        url = f"{engine.url}/weights_checker"
-        try:
-            answer = control.post(url, {"action": "checksum"}, timeout_s=fleet.timeout_s)
-        except CallFailed as error:
-            wrong[engine.url] = str(error)
-            continue
-        held = answer["ranks"][0]["checksums"]
-        bad = [name for name, digest in sent.digests.items() if held.get(name) != digest]
-        if bad:
-            wrong[engine.url] = (
-                f"it holds other values than were sent in {len(bad)} of "
-                f"{len(sent.digests)} tensors compared, the first is {bad[0]}"
-            )
-    if wrong:
-        raise TransferFailed(next(iter(wrong.values())), wrong)
+def _compare_checksums(
+    engines: list[EngineHandle], digests: dict[str, str], timeout_s: float
+) -> None:
+    found = {engine.url: _difference(engine, digests, timeout_s) for engine in engines}
+    if wrong := {url: why for url, why in found.items() if why is not None}:
+        raise TransferFailed(wrong)
+
+
+def _difference(engine: EngineHandle, digests: dict[str, str], timeout_s: float) -> str | None:
+    """What is wrong with the weights that ``engine`` holds."""
+    url = f"{engine.url}/weights_checker"
+    try:
+        answer = control.post(url, {"action": "checksum"}, timeout_s=timeout_s)
+    except CallFailed as error:
+        return str(error)
+    held = answer["ranks"][0]["checksums"]
+    bad = [name for name, digest in digests.items() if held.get(name) != digest]
+    if not bad:
+        return None
+    return (
+        f"it holds other values than were sent in {len(bad)} of {len(digests)} tensors compared, "
+        f"the first is {bad[0]}"
+    )
 
 
 def _quarantine_culprits(
-    fleet: Fleet, engines: list[EngineHandle], error: TransferFailed
+    fleet: Fleet, engines: list[EngineHandle], failures: Failures
 ) -> list[str]:
     """Whose fault it was. A dead engine breaks the group of all: others only if nobody is dead."""
     fleet.leave()
@@ -209,7 +212,6 @@ def _quarantine_culprits(
     if len(alive) < len(engines):
         guilty = {engine: "does not answer" for engine in engines if engine not in alive}
     else:
-        failures = error.failures
         guilty = {engine: failures[engine.url] for engine in engines if engine.url in failures}
     for engine in engines:
         if engine in guilty:
@@ -225,15 +227,6 @@ def _close_session(fleet: Fleet, engine: EngineHandle) -> None:
         control.post(f"{engine.url}/end_weight_update", {}, timeout_s=fleet.timeout_s)
     except CallFailed as error:
         log.info("%s had no update to close: %s", engine.name, error)
-
-
-def _note(sent: _Sent, bucket: Bucket, version: int) -> None:
-    for name, tensor in bucket:
-        sent.tensors += 1
-        sent.bytes += tensor.nbytes
-        if _is_checked(name, version) and sent.digested_bytes < _CHECK_AT_MOST_BYTES:
-            sent.digests[name] = digest(tensor)
-            sent.digested_bytes += tensor.nbytes
 
 
 def _is_checked(name: str, version: int) -> bool:

@@ -19,14 +19,7 @@ _CALL_TIMEOUT_S = 10.0
 _CHANGE_TIMEOUT_S = 60.0  # adding and removing are asynchronous; measured 0.3 to 1.5 s
 
 
-def router_argv(
-    host: str,
-    port: int,
-    *,
-    metrics_port: int,
-    request_timeout_s: float,
-    python: str = sys.executable,
-) -> list[str]:
+def router_argv(host: str, port: int, *, metrics_port: int, request_timeout_s: float) -> list[str]:
     """The router's command line. Its retries are few: the sampler retries too, elsewhere."""
     options = {
         "host": host,
@@ -51,7 +44,7 @@ def router_argv(
         "shutdown-grace-period-secs": 1,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [python, "-m", "sglang_router.launch_router", *flags]
+    return [sys.executable, "-m", "sglang_router.launch_router", *flags]
 
 
 @dataclass(frozen=True, slots=True)

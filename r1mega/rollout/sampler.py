@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -27,12 +27,10 @@ class SamplingFailed(RuntimeError):
     """One sentence naming the sample and the last error."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class SamplerStats:
     """Of one call of the sampler."""
 
-    samples: int = 0
-    prompt_tokens: int = 0
     response_tokens: int = 0
     retries: int = 0
     stale: int = 0  # attempts answered from other weights than expected; part of retries
@@ -55,13 +53,8 @@ class HttpSampler:
         self._stats = SamplerStats()
         started = time.monotonic()
         samples = asyncio.run(self._draw_all(requests, sampling))
-        self._stats = replace(
-            self._stats,
-            samples=len(samples),
-            prompt_tokens=sum(len(request.prompt.token_ids) for request in requests),
-            response_tokens=sum(len(sample.token_ids) for sample in samples),
-            seconds=time.monotonic() - started,
-        )
+        self._stats.response_tokens = sum(len(sample.token_ids) for sample in samples)
+        self._stats.seconds = time.monotonic() - started
         return samples
 
     def stats(self) -> SamplerStats:
@@ -93,7 +86,7 @@ class HttpSampler:
         failure: AttemptFailed | None = None
         for attempt in range(self.max_retries):
             if attempt > 0:
-                self._count(retries=1)
+                self._stats.retries += 1
                 await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
             try:
                 return await self._attempt(session, request, sampling, attempt)
@@ -122,12 +115,8 @@ class HttpSampler:
                     sorted(drawn_from),
                     self.expected_version,
                 )
-            self._count(stale=1)
+            self._stats.stale += 1
             raise AttemptFailed(
                 f"weights {sorted(drawn_from)} answered instead of version {self.expected_version}"
             )
         return sample
-
-    def _count(self, *, retries: int = 0, stale: int = 0) -> None:
-        old = self._stats
-        self._stats = replace(old, retries=old.retries + retries, stale=old.stale + stale)

@@ -5,7 +5,6 @@ timeout, whatever an engine does. An engine that refuses a call is told to leave
 leave it when a broadcast breaks: either way the closed connections end everybody else's wait.
 """
 
-import contextlib
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -27,8 +26,8 @@ Failures = dict[str, str]  # engine URL -> what it did wrong
 class TransferFailed(Exception):
     """The group is broken. ``failures`` may name an engine that only saw another one die."""
 
-    def __init__(self, message: str, failures: Failures) -> None:
-        super().__init__(message)
+    def __init__(self, failures: Failures, summary: str = "") -> None:
+        super().__init__(next(iter(failures.values()), summary))
         self.failures = failures
 
 
@@ -53,8 +52,7 @@ class Transfer:
                 self.close()  # before waiting for the engines, which wait for us
         failures = {url: why for url, answer in answers.items() if (why := answer.result())}
         if broken is not None or failures:
-            reasons = [*failures.values(), *([broken] if broken else [])]
-            raise TransferFailed(reasons[0], failures)
+            raise TransferFailed(failures, broken or "")
 
     def _announce(self, url: str, body: dict[str, Any]) -> str | None:
         try:
@@ -62,7 +60,7 @@ class Transfer:
                 f"{url}/update_weights_from_distributed", body, timeout_s=self._timeout_s + 10
             )
         except CallFailed as error:
-            self._ask_to_leave(url)
+            self._ask_to_leave([url])
             return str(error)
         return None
 
@@ -81,9 +79,7 @@ class Transfer:
 
     def leave(self) -> None:
         """Dissolve the group; engines that no longer answer are left alone."""
-        with ThreadPoolExecutor(len(self.urls)) as pool:
-            for url in self.urls:
-                pool.submit(self._ask_to_leave, url)
+        self._ask_to_leave(self.urls)
         self.close()
 
     def close(self) -> None:
@@ -92,13 +88,10 @@ class Transfer:
         if group is not None:
             dist.destroy_process_group(group)
 
-    def _ask_to_leave(self, url: str) -> None:
-        with contextlib.suppress(CallFailed):
-            control.post(
-                f"{url}/destroy_weights_update_group",
-                {"group_name": self._name},
-                timeout_s=min(10.0, self._timeout_s),
-            )
+    def _ask_to_leave(self, urls: Sequence[str]) -> None:
+        body = {"group_name": self._name}
+        timeout_s = min(10.0, self._timeout_s)
+        control.post_each(urls, "/destroy_weights_update_group", body, timeout_s=timeout_s)
 
 
 def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> Transfer:
@@ -142,8 +135,7 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
     failures = {url: str(e) for url, answer in answers.items() if (e := _failure_of(answer))}
     broken = _failure_of(joined)
     if failures or broken is not None:
-        summary = f"no group with {len(urls)} engines: {broken}"
-        raise TransferFailed(next(iter(failures.values()), summary), failures)
+        raise TransferFailed(failures, f"no group with {len(urls)} engines: {broken}")
     return Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=joined.result())
 
 

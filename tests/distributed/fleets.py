@@ -17,7 +17,7 @@ from r1mega.data.tokenizer import save_tokenizer
 from r1mega.model.hf_config import hf_config
 from r1mega.records import Prompt, SampleRequest, Sampling
 from r1mega.rollout import control
-from r1mega.rollout.fleet import Fleet
+from r1mega.rollout.fleet import EngineHandle, Fleet, write_engine
 from r1mega.rollout.router import RouterClient, router_argv
 from r1mega.system import processes
 from r1mega.system.processes import Process
@@ -77,8 +77,8 @@ class RunningFleet:
         process = self.engines[name]
         wait_until(lambda: control.answers(f"{url}/health", timeout_s=5) or not process.alive())
         assert process.alive(), processes.last_lines(process.log)
-        entry = {"url": url, "pid": process.pid, "incarnation": incarnation}
-        (self.folder / "fleet" / f"{name}.json").write_text(json.dumps(entry))
+        engine = EngineHandle(name=name, url=url, pid=process.pid, incarnation=incarnation)
+        write_engine(self.folder / "fleet", engine)
 
 
 @contextmanager

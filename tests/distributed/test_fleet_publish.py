@@ -149,7 +149,7 @@ def test_engine_waiting_for_a_tensor_is_freed_when_we_close(client: Fleet) -> No
     engines = client.engines()
     group = client.join(engines)
     urls = [engine.url for engine in engines]
-    assert control.post_each(urls, "/begin_weight_update", [{}, {}], timeout_s=30) == {}
+    assert control.post_each(urls, "/begin_weight_update", {}, timeout_s=30) == {}
     body = _update_body([("model.norm.weight", torch.zeros(64))], group._name, 1)
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(group._announce, url, body) for url in urls]

@@ -76,8 +76,7 @@ def test_order_is_that_of_the_requests_and_concurrency_is_bounded() -> None:
     assert most <= 4
     assert seen == [(done, 20) for done in range(1, 21)]
     stats = sampler.stats()
-    assert (stats.samples, stats.prompt_tokens, stats.response_tokens) == (20, 60, 60)
-    assert (stats.retries, stats.stale) == (0, 0)
+    assert (stats.response_tokens, stats.retries, stats.stale) == (60, 0, 0)
 
 
 @pytest.mark.parametrize("trouble", ["500", "429", "cut", "abort", "stale", "unpublished"])

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if is_rank():  # a rank's log keeps the place, above the sentence
-            logger.error("this rank ends", exc_info=True)
+            logger.info("this rank ends", exc_info=True)
         sys.stderr.write(f"{SENTENCE}{error}\n")
         return 1
 
@@ -91,11 +91,13 @@ def _start_logging() -> None:
     """Once per process; torch.distributed.run sets RANK on the learner's ranks."""
     rank = os.environ.get(_RANK)
     who = "launcher" if rank is None else f"rank {rank}"
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname).1s [{who}] %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    form = f"%(asctime)s %(levelname).1s [{who}] %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S")
+    if rank == "0":  # its log is a file, and its standard output what a person sees
+        terminal = logging.StreamHandler(sys.stdout)
+        terminal.setLevel(logging.WARNING)
+        terminal.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+        logging.getLogger("r1mega").addHandler(terminal)
 
 
 def _load_for(verb: str, layers: list[str]) -> Config:

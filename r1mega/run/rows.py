@@ -26,9 +26,12 @@ def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append ``rows`` and hand them to the operating system, after a whole last row."""
     text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        _cut_half_row(file.fileno())
-        file.write(text.encode())
+    try:
+        with path.open("ab+") as file:
+            _cut_half_row(file.fileno())
+            file.write(text.encode())
+    except OSError as error:  # a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_last_row(path: Path, row: dict[str, Any]) -> None:

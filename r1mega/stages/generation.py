@@ -1,6 +1,7 @@
 """The worker's side of the rollout fleet: draw scored groups, publish weights."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,18 +10,21 @@ from pathlib import Path
 from r1mega.algorithms.sampling import Drawer, Drawn
 from r1mega.config.derived import max_response_tokens
 from r1mega.data.tokenizer import load_tokenizer
+from r1mega.parallel.collectives import broadcast_record
 from r1mega.records import Prompt, Sampling
 from r1mega.rewards.compose import compose
 from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.publish import publish_from_all_ranks
 from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path
 from r1mega.rollout.router import RouterClient
-from r1mega.rollout.sampler import HttpSampler
+from r1mega.rollout.sampler import HttpSampler, SamplingFailed
 from r1mega.stages.worker import Worker
 from r1mega.system.stopwatch import Stopwatch
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(kw_only=True, slots=True)
 class Generation:
     """Rank 0 steers the fleet, data-parallel leaders sample and score; the rest take part."""
 
@@ -28,6 +32,7 @@ class Generation:
     drawer: Drawer
     fleet: Fleet | None
     stop_token_ids: tuple[int, ...]
+    version: int = 0  # last published
 
     def draw(self, prompts: list[Prompt], *, rollout: int, step: int) -> Drawn:
         """The groups that train ``step`` and those after it in this rollout."""
@@ -40,7 +45,7 @@ class Generation:
             stop_token_ids=self.stop_token_ids,
         )
         seed = f"{config.seed}/rollout/{rollout}"
-        return self.drawer(prompts, config.algorithm.group_size, sampling, seed=seed)
+        return self._draw(prompts, config.algorithm.group_size, sampling, seed)
 
     def draw_for_evaluation(self, prompts: list[Prompt], *, step: int) -> Drawn:
         """``stage.eval_samples`` responses of every prompt: the same seeds at every evaluation."""
@@ -52,7 +57,31 @@ class Generation:
             stop_token_ids=self.stop_token_ids,
         )
         seed = f"{config.seed}/evaluation"
-        return self.drawer(prompts, config.stage.eval_samples, sampling, seed=seed)
+        return self._draw(prompts, config.stage.eval_samples, sampling, seed)
+
+    def _draw(self, prompts: list[Prompt], count: int, sampling: Sampling, seed: str) -> Drawn:
+        """Again from the start, with weights published anew, when all that held them are gone.
+
+        It ends: each time costs every engine one of its ``rollout.max_restarts``.
+        """
+        while True:
+            try:
+                return self.drawer(prompts, count, sampling, seed=seed)
+            except SamplingFailed as error:  # on all ranks alike
+                if not self._weights_are_lost():
+                    raise
+                logger.warning("no engine holds the weights any more; publishing again: %s", error)
+            self.publish(self.version)
+
+    def _weights_are_lost(self) -> bool:
+        worker, fleet = self.worker, self.fleet
+        return broadcast_record(
+            fleet is not None and not fleet.holding(self.version),
+            bool,
+            source=0,
+            group=worker.groups.world,
+            device=worker.backend.device,
+        )
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the policy to every engine as ``version``; from then on only it is accepted."""
@@ -65,6 +94,7 @@ class Generation:
             engine_timeout_s=config.rollout.engine_start_timeout_s,
             device=self.worker.backend.device,
         )
+        self.version = version
         if self.drawer.sampler is not None:
             self.drawer.sampler.expected_version = version
         return {

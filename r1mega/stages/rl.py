@@ -58,7 +58,8 @@ def main(config: Config, backend: Backend) -> int:
             advance(progress.step - before, _note(row))
             if config.stage.save_every >= 0 and _due(config.stage.save_every, progress.step, steps):
                 worker.save(progress, reference)
-    if worker.writer is not None:
+    worker.close()
+    if worker.groups.rank == 0:
         report.close(worker.directory)
     return 0
 

@@ -37,4 +37,5 @@ def main(config: Config, backend: Backend) -> int:
             due = stage.save_every > 0 and progress.step % stage.save_every == 0
             if due or (stage.save_every >= 0 and progress.step == stage.steps):
                 worker.save(progress, None)
+    worker.close()
     return 0

@@ -87,6 +87,11 @@ class Worker:
         self.say(f"loading {folder}")
         return checkpoint.read_progress(folder), self._load(folder)
 
+    def close(self) -> None:
+        """After the last step."""
+        if self.writer is not None:
+            self.writer.close()
+
     def say(self, text: str) -> None:
         """A line for the person at the terminal, once."""
         if self.groups.rank == 0:
@@ -101,8 +106,8 @@ class Worker:
                 f"no checkpoint in {checkpoints} is whole ({reasons}): restore one, or start over "
                 "under another name=..."
             )
-        for reason in skipped:
-            self.say(f"warning: a checkpoint was skipped: {reason}")
+        for reason in skipped if self.groups.rank == 0 else []:
+            logger.warning("skipped a checkpoint: %s", reason)
         return folder
 
     def _verify(self, folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""What a second launch says about the first, before it starts anything."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from r1mega.cluster.continuation import nothing_to_do, notices
+from r1mega.cluster.errors import JobFailed
+from r1mega.config import Config
+from r1mega.config.load import dump
+from r1mega.parallel.layout import Layout
+from r1mega.run.directory import RunDirectory
+from r1mega.weights import checkpoint
+
+CONFIG = Config()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path, "run")
+
+
+def with_checkpoint(directory: RunDirectory, step: int) -> None:
+    """The part of a checkpoint that is looked at before a job starts."""
+    folder = checkpoint.step_folder(directory.checkpoints, step)
+    folder.mkdir()
+    state = {
+        "progress": asdict(checkpoint.Progress(step=step, data_position=0)),
+        "layout": asdict(Layout(world=1)),
+        "model": asdict(CONFIG.model),
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").write_text("{}")
+
+
+def test_a_new_run_and_one_on_its_way_go_on(directory: RunDirectory) -> None:
+    assert nothing_to_do(CONFIG, directory) is None
+    with_checkpoint(directory, 99)
+    assert nothing_to_do(CONFIG, directory) is None
+
+
+@pytest.mark.parametrize("step", [100, 250])
+def test_a_run_that_has_its_steps_has_nothing_to_do(directory: RunDirectory, step: int) -> None:
+    with_checkpoint(directory, step)
+    sentence = nothing_to_do(CONFIG, directory)
+    assert sentence is not None
+    assert f"is at step {step} and stage.steps=100: nothing to do" in sentence
+
+
+def test_an_unfinished_checkpoint_does_not_count(directory: RunDirectory) -> None:
+    with_checkpoint(directory, 100)
+    (directory.checkpoints / "step_000100/manifest.json").unlink()
+    assert nothing_to_do(CONFIG, directory) is None
+
+
+@pytest.mark.parametrize("left", ["metrics", "checkpoint"])
+def test_an_earlier_run_is_not_written_over(directory: RunDirectory, left: str) -> None:
+    config = replace(CONFIG, run=replace(CONFIG.run, resume=False))
+    assert nothing_to_do(config, directory) is None
+    if left == "metrics":
+        directory.metrics.write_text('{"step": 1}\n')
+    else:
+        with_checkpoint(directory, 3)
+    with pytest.raises(JobFailed, match=r"run\.resume=false would write over the earlier run"):
+        nothing_to_do(config, directory)
+
+
+def test_another_model_and_another_layout_are_refused(directory: RunDirectory) -> None:
+    with_checkpoint(directory, 3)
+    deeper = replace(CONFIG, model=replace(CONFIG.model, num_hidden_layers=5))
+    with pytest.raises(JobFailed, match="another model: num_hidden_layers was 4, is 5"):
+        nothing_to_do(deeper, directory)
+    wider = replace(CONFIG, cluster=replace(CONFIG.cluster, learner_processes_per_node=2))
+    with pytest.raises(JobFailed, match=r"another layout \(world was 1, is 2\)"):
+        nothing_to_do(wider, directory)
+
+
+def test_changed_settings_are_told(directory: RunDirectory) -> None:
+    dump(CONFIG, directory.config_path)
+    assert notices(CONFIG, directory) == []
+    changed = replace(CONFIG, learner=replace(CONFIG.learner, lr=1.0), seed=2)
+    (told,) = notices(changed, directory)
+    assert told.startswith("changed since the last launch: seed was 1, is 2")
+    assert "learner.lr was 3e-06, is 1.0" in told
+
+
+def test_starting_over_is_told(directory: RunDirectory) -> None:
+    directory.metrics.write_text('{"step": 1}\n')
+    (told,) = notices(CONFIG, directory)
+    assert told.endswith("has no checkpoint: starting over at step 0")

@@ -1,7 +1,7 @@
-"""One training step of the smoke's model: this learner against transformers, same batch, same run.
+"""One training step of the smoke's model: this learner against transformers, on the same batch.
 
-Both do forward, backward, clipping and AdamW in fp32 on one thread. Prints one JSON line; the ratio is
-what to look at, machines differ. Packed sequences against a padded batch is part of the difference.
+Both do forward, backward, clipping and AdamW in fp32 on one thread. Prints one JSON line; the ratio
+is what to look at, machines differ. Packing against padding is part of the difference.
 """
 
 import json

@@ -5,14 +5,11 @@ when it has another one: a request is never answered as if it had asked for some
 """
 
 import secrets
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from r1mega.rollout.engine.requests import Asked, Completion, Finish
-
-_NO_LIMIT = 1 << 30  # SGLang's way to say that top_k is off
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -22,7 +19,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     min_new_tokens: int | None = 0
     temperature: float | None = 1.0
     top_p: float | None = 1.0
-    top_k: int | None = _NO_LIMIT
+    top_k: int | None = -1
     min_p: float | None = 0.0
     n: int | None = 1
     stop_token_ids: list[int] | None = None
@@ -47,15 +44,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     beam_width: int | None = None
     watermark: dict[str, Any] | None = None
     choice: list[str] | None = None
-
-    def check_implemented(self) -> None:
-        neutral = {"repetition_penalty": 1.0}
-        for name in _NOT_IMPLEMENTED:
-            value = getattr(self, name)
-            if value and value != neutral.get(name):
-                raise ValueError(
-                    f"sampling_params.{name}={value!r} is not implemented: leave it out"
-                )
 
 
 _NOT_IMPLEMENTED = (
@@ -147,43 +135,39 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     eos_token_ids: tuple[int, ...]
 
 
-class Question(msgspec.Struct, kw_only=True, frozen=True):
-    """A parsed /generate body: the completions to draw and how to answer."""
+class Wanted(msgspec.Struct, kw_only=True, frozen=True):
+    """One completion to draw, and how to show it."""
 
-    asked: list[Asked]
-    is_list: bool
-    return_logprob: list[bool]
-    keep_stop: list[bool]
-    skip_special: list[bool]
+    asked: Asked
+    return_logprob: bool
+    keep_stop: bool
+    skip_special: bool
 
 
-def parse_generate(body: GenerateBody, limits: Limits) -> Question:
-    """Checks everything about a request; raises ValueError with one sentence."""
+def parse_generate(body: GenerateBody, limits: Limits) -> tuple[list[Wanted], bool]:
+    """What is wanted, and whether the answer is a list; ValueError with one sentence."""
     prompts, is_batch = _prompts(body, limits)
-    _check_generate_options(body, len(prompts))
-    params = _per_prompt(body.sampling_params or SamplingParams(), len(prompts), "sampling_params")
-    flags = _per_prompt(body.return_logprob or False, len(prompts), "return_logprob")
-    rids = _rids(body.rid, len(prompts), is_batch)
-    asked: list[Asked] = []
-    copies: list[int] = []
-    for prompt, own, rid in zip(prompts, params, rids, strict=True):
-        own.check_implemented()
-        copies.append(_at_least("n", 1 if own.n is None else own.n, 1))
-        parent = body.rid if isinstance(body.rid, str) else rid
-        asked += _asked(prompt, own, rid, parent, limits)
-    if len({one.rid for one in asked}) != len(asked):
+    count = len(prompts)
+    _check_options(body, count)
+    wanted = [
+        Wanted(
+            asked=asked,
+            return_logprob=return_logprob,
+            keep_stop=bool(params.no_stop_trim),
+            skip_special=params.skip_special_tokens is not False,
+        )
+        for prompt, params, return_logprob, rid in zip(
+            prompts,
+            _per_prompt(body.sampling_params or SamplingParams(), count, "sampling_params"),
+            _per_prompt(body.return_logprob or False, count, "return_logprob"),
+            _rids(body.rid, count, is_batch),
+            strict=True,
+        )
+        for asked in _asked(prompt, params, rid, body.rid, limits)
+    ]
+    if len({one.asked.rid for one in wanted}) != len(wanted):
         raise ValueError("rid has duplicates: every request needs its own")
-
-    def spread(values: Sequence[bool]) -> list[bool]:
-        return [v for v, count in zip(values, copies, strict=True) for _ in range(count)]
-
-    return Question(
-        asked=asked,
-        is_list=is_batch or copies[0] > 1,
-        return_logprob=spread(flags),
-        keep_stop=spread([bool(own.no_stop_trim) for own in params]),
-        skip_special=spread([own.skip_special_tokens is not False for own in params]),
-    )
+    return wanted, is_batch or len(wanted) > 1
 
 
 def _prompts(body: GenerateBody, limits: Limits) -> tuple[list[tuple[int, ...]], bool]:
@@ -204,7 +188,7 @@ def _prompts(body: GenerateBody, limits: Limits) -> tuple[list[tuple[int, ...]],
     return [tuple(prompt) for prompt in prompts], bool(batch)
 
 
-def _check_generate_options(body: GenerateBody, num_prompts: int) -> None:
+def _check_options(body: GenerateBody, num_prompts: int) -> None:
     if body.stream:
         raise ValueError("stream is not implemented: send stream=false")
     if body.return_routed_experts:
@@ -232,20 +216,25 @@ def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> list[str]:
     return [str(one) for one in _per_prompt(rid, count, "rid")]
 
 
-def _at_least(name: str, value: int, least: int) -> int:
+def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"sampling_params.{name} is {value}, it must be at least {least}")
-    return value
 
 
 def _asked(
-    prompt: tuple[int, ...], params: SamplingParams, rid: str, parent_rid: str, limits: Limits
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    rid: str,
+    body_rid: str | list[str] | None,
+    limits: Limits,
 ) -> list[Asked]:
     """The n completions of one prompt; completion i draws from seed + i."""
+    _check_implemented(params)
     temperature = 1.0 if params.temperature is None else params.temperature
     top_p = 1.0 if params.top_p is None else params.top_p
     min_p = params.min_p or 0.0
-    top_k = _NO_LIMIT if params.top_k is None else params.top_k
+    top_k = -1 if params.top_k is None else params.top_k
+    copies = 1 if params.n is None else params.n
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a non-negative finite number, got {temperature}")
     if not 0.0 < top_p <= 1.0:
@@ -254,14 +243,14 @@ def _asked(
         raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     if top_k != -1 and top_k < 1:
         raise ValueError(f"top_k must be -1 (off) or at least 1, got {top_k}")
+    _at_least("n", copies, 1)
     stop = {*(params.stop_token_ids or ()), *limits.eos_token_ids} & set(range(limits.vocab_size))
     seed = secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed
-    copies = 1 if params.n is None else params.n
     max_new_tokens = _max_new_tokens(len(prompt), params, limits)
     return [
         Asked(
             rid=rid if copies == 1 else f"{rid}_{index}",
-            parent_rid=parent_rid,
+            parent_rid=body_rid if isinstance(body_rid, str) else rid,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             min_new_tokens=params.min_new_tokens or 0,
@@ -274,6 +263,14 @@ def _asked(
         )
         for index in range(copies)
     ]
+
+
+def _check_implemented(params: SamplingParams) -> None:
+    neutral = SamplingParams()
+    for name in _NOT_IMPLEMENTED:
+        value = getattr(params, name)
+        if value and value != getattr(neutral, name):
+            raise ValueError(f"sampling_params.{name}={value!r} is not implemented: leave it out")
 
 
 def _max_new_tokens(num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> int:

@@ -62,12 +62,13 @@ class Routes:
 
     async def generate(self, request: web.Request) -> web.Response:
         started = time.monotonic()
-        question = messages.parse_generate(await _body(request, messages.GenerateBody), self.limits)
-        rids = {asked.rid for asked in question.asked}
+        body = await _body(request, messages.GenerateBody)
+        wanted, is_list = messages.parse_generate(body, self.limits)
+        rids = {one.asked.rid for one in wanted}
         if rids & self.in_flight:
             raise ValueError(f"rid {min(rids & self.in_flight)!r} is in use by a running request")
         self.in_flight.update(rids)
-        futures = [self.engine.generate(asked) for asked in question.asked]
+        futures = [self.engine.generate(one.asked) for one in wanted]
         try:
             completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except asyncio.CancelledError:  # the client went away
@@ -80,27 +81,21 @@ class Routes:
         answers = [
             messages.answer(
                 completion,
-                self._text(completion, keep_stop=keep_stop, skip_special=skip_special),
-                return_logprob=return_logprob,
+                self._text(completion, one),
+                return_logprob=one.return_logprob,
                 latency_s=latency_s,
             )
-            for completion, return_logprob, keep_stop, skip_special in zip(
-                completions,
-                question.return_logprob,
-                question.keep_stop,
-                question.skip_special,
-                strict=True,
-            )
+            for completion, one in zip(completions, wanted, strict=True)
         ]
-        return _json(answers if question.is_list else answers[0])
+        return _json(answers if is_list else answers[0])
 
-    def _text(self, completion: Completion, *, keep_stop: bool, skip_special: bool) -> str:
+    def _text(self, completion: Completion, wanted: messages.Wanted) -> str:
         if self.tokenizer is None:
             return ""
         token_ids = list(completion.token_ids)
-        if completion.finish.kind == "stop" and not keep_stop:
+        if completion.finish.kind == "stop" and not wanted.keep_stop:
             token_ids.pop()
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=wanted.skip_special))
 
     async def abort_request(self, request: web.Request) -> web.Response:
         body = await _body(request, messages.AbortBody)
@@ -235,7 +230,8 @@ class Routes:
         if self.engine.alive and scheduler.idle and not scheduler.paused:
             params = messages.SamplingParams(max_new_tokens=1, temperature=0.0)
             body = messages.GenerateBody(input_ids=[0], sampling_params=params)
-            probe = self.engine.generate(messages.parse_generate(body, self.limits).asked[0])
+            (wanted,), _ = messages.parse_generate(body, self.limits)
+            probe = self.engine.generate(wanted.asked)
             try:
                 await asyncio.wait_for(asyncio.wrap_future(probe), _HEALTH_TIMEOUT_S)
             except TimeoutError:

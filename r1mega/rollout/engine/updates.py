@@ -64,12 +64,13 @@ class WeightUpdater:
             raise ValueError(f"cannot join group {name!r} at {address}:{port}: {error}") from error
 
     def destroy_group(self, name: str) -> None:
-        dist.destroy_process_group(self._pop_group(name))
+        self._group(name)
+        dist.destroy_process_group(self._groups.pop(name))
 
-    def _pop_group(self, name: str) -> dist.ProcessGroup:
+    def _group(self, name: str) -> dist.ProcessGroup:
         if name not in self._groups:
             raise ValueError(f"there is no group {name!r}: call /init_weights_update_group first")
-        return self._groups.pop(name)
+        return self._groups[name]
 
     def begin(self) -> None:
         if self._in_session:
@@ -87,15 +88,11 @@ class WeightUpdater:
             raise ValueError(
                 "weights can be updated only between /begin_weight_update and /end_weight_update"
             )
-        if group_name not in self._groups:
-            raise ValueError(
-                f"there is no group {group_name!r}: call /init_weights_update_group first"
-            )
+        group = self._group(group_name)
         dtypes = [_dtype(name) for name in payload.dtypes]
         lengths = (len(payload.names), len(dtypes), len(payload.shapes))
         if len(set(lengths)) != 1:
             raise ValueError(f"names, dtypes and shapes have different lengths: {lengths}")
-        group = self._groups[group_name]
         try:
             tensors = _receive(payload, dtypes, group)
         except RuntimeError as error:

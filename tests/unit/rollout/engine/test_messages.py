@@ -91,11 +91,11 @@ def test_unknown_sampling_params_are_refused_and_unknown_keys_beside_them_ignore
     with pytest.raises(msgspec.ValidationError, match="unknown field `max_token`"):
         _parse({"input_ids": [3], "sampling_params": {"max_token": 4}})
     params = {"max_new_tokens": 4, "repetition_penalty": 1.0, "stop": []}
-    assert _parse({"input_ids": [3], "priority": 3, "sampling_params": params}).asked
+    assert _parse({"input_ids": [3], "priority": 3, "sampling_params": params})
 
 
 def test_batches_copies_and_rids():
-    question = _parse(
+    wanted, is_list = _parse(
         {
             "input_ids": [[3, 4], [5]],
             "rid": "job",
@@ -106,16 +106,17 @@ def test_batches_copies_and_rids():
             ],
         }
     )
-    first, second, third = question.asked
-    assert question.is_list
-    assert [asked.rid for asked in question.asked] == ["job_0_0", "job_0_1", "job_1"]
-    assert {asked.parent_rid for asked in question.asked} == {"job"}
+    first, second, third = (one.asked for one in wanted)
+    assert is_list
+    assert [one.asked.rid for one in wanted] == ["job_0_0", "job_0_1", "job_1"]
+    assert {one.asked.parent_rid for one in wanted} == {"job"}
     assert (first.seed, second.seed) == (10, 11)
     assert first.max_new_tokens == 30
     assert first.stop_token_ids == {1}
     assert third.stop_token_ids == set()
-    assert question.return_logprob == [True, True, False]
-    assert not _parse({"input_ids": [3], "sampling_params": {"max_new_tokens": 4}}).is_list
+    assert [one.return_logprob for one in wanted] == [True, True, False]
+    _, is_list = _parse({"input_ids": [3], "sampling_params": {"max_new_tokens": 4}})
+    assert not is_list
 
 
 def test_version_spans_merge_and_skip_empty_ones():

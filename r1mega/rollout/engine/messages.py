@@ -12,7 +12,25 @@ import msgspec
 from r1mega.rollout.engine.requests import Asked, Completion, Finish
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class NotImplementedParams(msgspec.Struct, kw_only=True, frozen=True):
+    """Accepted at their defaults, refused otherwise."""
+
+    stop: str | list[str] | None = None
+    stop_regex: str | list[str] | None = None
+    frequency_penalty: float | None = 0.0
+    presence_penalty: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
+    logit_bias: dict[str, float] | None = None
+    beam_width: int | None = None
+    watermark: dict[str, Any] | None = None
+    choice: list[str] | None = None
+
+
+class SamplingParams(NotImplementedParams, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Unknown keys are an error: a misspelt one would sample from another distribution."""
 
     max_new_tokens: int | None = 128
@@ -30,37 +48,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     no_stop_trim: bool | None = False
     stream_interval: int | None = None
     custom_params: Any = None
-    # Not implemented; accepted at their neutral value.
-    stop: str | list[str] | None = None
-    stop_regex: str | list[str] | None = None
-    frequency_penalty: float | None = 0.0
-    presence_penalty: float | None = 0.0
-    repetition_penalty: float | None = 1.0
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    structural_tag: str | None = None
-    logit_bias: dict[str, float] | None = None
-    beam_width: int | None = None
-    watermark: dict[str, Any] | None = None
-    choice: list[str] | None = None
-
-
-_NOT_IMPLEMENTED = (
-    "stop",
-    "stop_regex",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "json_schema",
-    "regex",
-    "ebnf",
-    "structural_tag",
-    "logit_bias",
-    "beam_width",
-    "watermark",
-    "choice",
-)
 
 
 class GenerateBody(msgspec.Struct, kw_only=True, frozen=True):
@@ -266,8 +253,8 @@ def _asked(
 
 
 def _check_implemented(params: SamplingParams) -> None:
-    neutral = SamplingParams()
-    for name in _NOT_IMPLEMENTED:
+    neutral = NotImplementedParams()
+    for name in NotImplementedParams.__struct_fields__:
         value = getattr(params, name)
         if value and value != getattr(neutral, name):
             raise ValueError(f"sampling_params.{name}={value!r} is not implemented: leave it out")

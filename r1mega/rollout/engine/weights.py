@@ -7,7 +7,7 @@ on load, and checksums are of the float32 values.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r1mega.config.schema import Model
 from r1mega.rollout.wire import digest
+from r1mega.weights.names import hf_shapes
 
 _INIT_STD = 0.02
 
@@ -58,88 +59,76 @@ class Weights:
 
 def allocate(model: Model) -> Weights:
     """Uninitialised weights of this network."""
-    named: dict[str, Tensor] = {}
-    hidden = model.hidden_size
-    embedding = _own(named, "model.embed_tokens.weight", model.vocab_size, hidden)
-    layers = tuple(_layer(named, model, index) for index in range(model.num_hidden_layers))
-    norm = _own(named, "model.norm.weight", hidden)
-    head = embedding
-    if not model.tie_word_embeddings:
-        head = _own(named, "lm_head.weight", model.vocab_size, hidden)
-    return Weights(embedding=embedding, layers=layers, norm=norm, head=head, named=named)
+    store = _Store(hf_shapes(model))
+    embedding = store.own("model.embed_tokens.weight")
+    layers = tuple(_layer(store, model, index) for index in range(model.num_hidden_layers))
+    norm = store.own("model.norm.weight")
+    head = embedding if model.tie_word_embeddings else store.own("lm_head.weight")
+    return Weights(embedding=embedding, layers=layers, norm=norm, head=head, named=store.named)
 
 
-def _own(named: dict[str, Tensor], name: str, *shape: int) -> Tensor:
-    named[name] = torch.empty(shape, dtype=torch.float32)
-    return named[name]
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """Allocates tensors in the shapes of Hugging Face's names, and keeps who is where."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    named: dict[str, Tensor] = field(default_factory=dict)
+
+    def own(self, name: str) -> Tensor:
+        self.named[name] = torch.empty(self.shapes[name], dtype=torch.float32)
+        return self.named[name]
+
+    def stack(self, *names: str) -> Tensor:
+        """One matrix whose row blocks are the named matrices."""
+        rows = [self.shapes[name][0] for name in names]
+        fused = torch.empty(sum(rows), self.shapes[names[0]][1], dtype=torch.float32)
+        self.named.update(zip(names, fused.split(rows), strict=True))
+        return fused
+
+    def mlp(self, prefix: str) -> MlpWeights:
+        names = (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        return MlpWeights(gate_up=self.stack(*names), down=self.own(f"{prefix}.down_proj.weight"))
+
+    def experts(self, prefix: str, count: int) -> MlpWeights:
+        """The MLPs of all experts, stacked in front."""
+        width, hidden = self.shapes[f"{prefix}.0.gate_proj.weight"]
+        gate_up = torch.empty(count, 2 * width, hidden, dtype=torch.float32)
+        down = torch.empty(count, hidden, width, dtype=torch.float32)
+        for expert in range(count):
+            self.named[f"{prefix}.{expert}.gate_proj.weight"] = gate_up[expert, :width]
+            self.named[f"{prefix}.{expert}.up_proj.weight"] = gate_up[expert, width:]
+            self.named[f"{prefix}.{expert}.down_proj.weight"] = down[expert]
+        return MlpWeights(gate_up=gate_up, down=down)
 
 
-def _stack(named: dict[str, Tensor], rows: Mapping[str, int], columns: int) -> Tensor:
-    """One matrix whose row blocks are the named matrices."""
-    fused = torch.empty(sum(rows.values()), columns, dtype=torch.float32)
-    named.update(zip(rows, fused.split(list(rows.values())), strict=True))
-    return fused
-
-
-def _layer(named: dict[str, Tensor], model: Model, index: int) -> LayerWeights:
-    prefix = f"model.layers.{index}"
-    attention = f"{prefix}.self_attn"
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    q_rows = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-    latent_rows = model.kv_lora_rank + model.qk_rope_head_dim
-    q_rank = model.q_lora_rank
-    q_name = f"{attention}.q_proj.weight" if q_rank is None else f"{attention}.q_a_proj.weight"
-    down_rows = {
-        q_name: q_rows if q_rank is None else q_rank,
-        f"{attention}.kv_a_proj_with_mqa.weight": latent_rows,
-    }
-    dense = index < model.first_k_dense_replace
+def _layer(store: _Store, model: Model, index: int) -> LayerWeights:
+    layer = f"model.layers.{index}"
+    attention = f"{layer}.self_attn"
+    has_lora = model.q_lora_rank is not None
+    query = "q_a_proj" if has_lora else "q_proj"
     return LayerWeights(
-        input_norm=_own(named, f"{prefix}.input_layernorm.weight", hidden),
-        down_proj=_stack(named, down_rows, hidden),
-        q_norm=None if q_rank is None else _own(named, f"{attention}.q_a_layernorm.weight", q_rank),
-        q_up_proj=None
-        if q_rank is None
-        else _own(named, f"{attention}.q_b_proj.weight", q_rows, q_rank),
-        kv_norm=_own(named, f"{attention}.kv_a_layernorm.weight", model.kv_lora_rank),
-        kv_up_proj=_own(
-            named,
-            f"{attention}.kv_b_proj.weight",
-            heads * (model.qk_nope_head_dim + model.v_head_dim),
-            model.kv_lora_rank,
+        input_norm=store.own(f"{layer}.input_layernorm.weight"),
+        down_proj=store.stack(
+            f"{attention}.{query}.weight", f"{attention}.kv_a_proj_with_mqa.weight"
         ),
-        out_proj=_own(named, f"{attention}.o_proj.weight", hidden, heads * model.v_head_dim),
-        mlp_norm=_own(named, f"{prefix}.post_attention_layernorm.weight", hidden),
-        mlp=_mlp(named, f"{prefix}.mlp", hidden, model.intermediate_size)
-        if dense
-        else _moe(named, f"{prefix}.mlp", model),
+        q_norm=store.own(f"{attention}.q_a_layernorm.weight") if has_lora else None,
+        q_up_proj=store.own(f"{attention}.q_b_proj.weight") if has_lora else None,
+        kv_norm=store.own(f"{attention}.kv_a_layernorm.weight"),
+        kv_up_proj=store.own(f"{attention}.kv_b_proj.weight"),
+        out_proj=store.own(f"{attention}.o_proj.weight"),
+        mlp_norm=store.own(f"{layer}.post_attention_layernorm.weight"),
+        mlp=store.mlp(f"{layer}.mlp")
+        if index < model.first_k_dense_replace
+        else _moe(store, f"{layer}.mlp", model.n_routed_experts),
     )
 
 
-def _mlp(named: dict[str, Tensor], prefix: str, hidden: int, width: int) -> MlpWeights:
-    gate_up = {f"{prefix}.gate_proj.weight": width, f"{prefix}.up_proj.weight": width}
-    return MlpWeights(
-        gate_up=_stack(named, gate_up, hidden),
-        down=_own(named, f"{prefix}.down_proj.weight", hidden, width),
-    )
-
-
-def _moe(named: dict[str, Tensor], prefix: str, model: Model) -> MoeWeights:
-    hidden, width, count = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts
-    router = _own(named, f"{prefix}.gate.weight", count, hidden)
-    router_bias = _own(named, f"{prefix}.gate.e_score_correction_bias", count)
-    gate_up = torch.empty(count, 2 * width, hidden, dtype=torch.float32)
-    down = torch.empty(count, hidden, width, dtype=torch.float32)
-    for expert in range(count):
-        named[f"{prefix}.experts.{expert}.gate_proj.weight"] = gate_up[expert, :width]
-        named[f"{prefix}.experts.{expert}.up_proj.weight"] = gate_up[expert, width:]
-        named[f"{prefix}.experts.{expert}.down_proj.weight"] = down[expert]
-    shared = _mlp(named, f"{prefix}.shared_experts", hidden, width * model.n_shared_experts)
+def _moe(store: _Store, prefix: str, num_experts: int) -> MoeWeights:
     return MoeWeights(
-        router=router,
-        router_bias=router_bias,
-        experts=MlpWeights(gate_up=gate_up, down=down),
-        shared=shared,
+        router=store.own(f"{prefix}.gate.weight"),
+        router_bias=store.own(f"{prefix}.gate.e_score_correction_bias"),
+        experts=store.experts(f"{prefix}.experts", num_experts),
+        shared=store.mlp(f"{prefix}.shared_experts"),
     )
 
 

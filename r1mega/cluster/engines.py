@@ -106,8 +106,8 @@ class Engines:
         elif time.monotonic() - slot.started > self._start_timeout_s:
             raise JobFailed(
                 f"{slot.process.name} at {slot.url} did not answer within "
-                f"{self._start_timeout_s:.0f} s (rollout.engine_start_timeout_s)",
-                slot.process.log,
+                f"{self._start_timeout_s:.0f} s (rollout.engine_start_timeout_s): "
+                f"{processes.last_words(slot.process.log)}"
             )
 
     def _register(self, slot: _Slot) -> None:

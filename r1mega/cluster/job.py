@@ -7,21 +7,18 @@ was started stays behind. One launcher at a time works on a run directory.
 import fcntl
 import json
 import logging
-import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 from r1mega.cluster import commands
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
-from r1mega.cluster.errors import JobFailed
-from r1mega.cluster.preflight import check_inputs
+from r1mega.cluster.errors import JobFailed, learner_failure
+from r1mega.cluster.preflight import check_addresses, check_inputs
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
@@ -42,7 +39,7 @@ _TICK_S = 0.1
 def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     """Run one stage on this machine; the exit code of the learner, or 1 with a sentence."""
     try:
-        _check_addresses(config)
+        check_addresses(config.cluster)
         check_inputs(verb, config)
         directory = _open_directory(config)
         with _locked(directory), _signals_end_us():
@@ -51,7 +48,7 @@ def run(verb: str, config: Config, layers: Sequence[str]) -> int:
                 return 0
             return _Job(verb, config, layers, directory).run()
     except JobFailed as error:
-        sys.stderr.write(_failure_text(str(error), error.log))
+        sys.stderr.write(f"{SENTENCE}{error}\n")
         return 1
 
 
@@ -152,15 +149,9 @@ class _Job:
                 self._engines.tick()
             time.sleep(_TICK_S)
         if code != 0:
-            sys.stderr.write(f"{SENTENCE}{self._learner_failure(learner, code)}\n")
+            logs = self._directory.logs / "learner"
+            sys.stderr.write(f"{SENTENCE}{learner_failure(learner, code, logs)}\n")
         return code
-
-    def _learner_failure(self, learner: Process, code: int) -> str:
-        failed = failed_rank(learner.log, self._directory.logs / "learner")
-        if failed is None:
-            return processes.obituary("the learner", code, learner.log)
-        who = f"rank {failed.rank} of the learner"
-        return processes.obituary(who, failed.exit_code, failed.log)
 
     def _end(self) -> None:
         """The learner first: its last requests may still need the engines."""
@@ -180,33 +171,6 @@ def needs_engines(verb: str, config: Config) -> bool:
     return verb != "sft" and config.rollout.replay is None
 
 
-@dataclass(frozen=True, slots=True)
-class FailedRank:
-    """The rank whose end ended the others."""
-
-    rank: int
-    exit_code: int
-    log: Path
-
-
-def failed_rank(summary: Path, logs: Path) -> FailedRank | None:
-    """The rank that failed first, by torch.distributed.run's summary, and the log to read."""
-    text = summary.read_text(errors="replace") if summary.exists() else ""
-    causes = re.findall(
-        r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\)\s*exitcode\s*:\s*(-?\d+)",
-        text,
-        re.DOTALL,
-    )
-    if not causes:
-        return None
-    rank, local_rank, code = (int(word) for word in causes[-1])
-    attempts = sorted(logs.glob(f"*/attempt_*/{local_rank}"), key=lambda path: path.stat().st_mtime)
-    written = [path / name for path in attempts[-1:] for name in ("stderr.log", "stdout.log")]
-    telling = [path for path in written if path.exists() and path.stat().st_size > 0]
-    log = telling[0] if telling else summary
-    return FailedRank(rank, code if code >= 0 else 128 - code, log)
-
-
 def _open_directory(config: Config) -> RunDirectory:
     try:
         return RunDirectory.create(config.run.root, config.name)
@@ -214,21 +178,6 @@ def _open_directory(config: Config) -> RunDirectory:
         raise JobFailed(
             f"run.root={config.run.root} cannot hold the folder {config.name}: {error.strerror}"
         ) from error
-
-
-def _check_addresses(config: Config) -> None:
-    cluster = config.cluster
-    if not processes.port_is_free(cluster.host, 0):
-        raise JobFailed(
-            f"cluster.host={cluster.host} is no address of this machine: name one that servers "
-            "here can listen on"
-        )
-    for key, port in (("master_port", cluster.master_port), ("router_port", cluster.router_port)):
-        if port and not processes.port_is_free(cluster.host, port):
-            raise JobFailed(
-                f"cluster.{key}={port} is taken on {cluster.host}: end what listens there, "
-                "choose another port, or 0 for a free one"
-            )
 
 
 def _router_ended(process: Process) -> JobFailed:
@@ -242,15 +191,10 @@ def _wait_for_router(client: RouterClient, process: Process) -> None:
             raise _router_ended(process)
         if time.monotonic() > deadline:
             raise JobFailed(
-                f"the router at {client.url} did not answer within {_ROUTER_START_TIMEOUT_S:.0f} s",
-                process.log,
+                f"the router at {client.url} did not answer within {_ROUTER_START_TIMEOUT_S:.0f} s"
+                f": {processes.last_words(process.log)}"
             )
         time.sleep(_TICK_S)
-
-
-def _failure_text(message: str, log_path: Path | None) -> str:
-    details = "" if log_path is None else f": {processes.last_words(log_path)}"
-    return f"{SENTENCE}{message}{details}\n"
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""What can be known to fail before any process starts: data, tokenizer and initial weights."""
+"""What can be known to fail before any process starts: addresses, data, tokenizer and weights."""
 
 from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
-from r1mega.config.schema import Config, Model
+from r1mega.config.schema import Cluster, Config, Model
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.rollout.replay import rollout_numbers
+from r1mega.system import processes
 from r1mega.weights.names import hf_shapes
 from r1mega.weights.slices import SliceReader
 
@@ -32,6 +33,21 @@ def check_inputs(verb: str, config: Config) -> None:
             _check_weights(Path(config.model.init), config.model)
     except (ValueError, OSError) as error:
         raise JobFailed(str(error)) from error
+
+
+def check_addresses(cluster: Cluster) -> None:
+    """Raises JobFailed when nothing can listen where the configuration says."""
+    if not processes.port_is_free(cluster.host, 0):
+        raise JobFailed(
+            f"cluster.host={cluster.host} is no address of this machine: name one that servers "
+            "here can listen on"
+        )
+    for key, port in (("master_port", cluster.master_port), ("router_port", cluster.router_port)):
+        if port and not processes.port_is_free(cluster.host, port):
+            raise JobFailed(
+                f"cluster.{key}={port} is taken on {cluster.host}: end what listens there, "
+                "choose another port, or 0 for a free one"
+            )
 
 
 def _check_weights(folder: Path, model: Model) -> None:

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = [
     "name=job",
     "model.num_hidden_layers=2",
+    "data.template=none",
     "data.max_prompt_tokens=32",
     "rollout.max_response_tokens=32",
     "rollout.context_tokens=64",
@@ -173,7 +174,7 @@ def test_learner_failure_ends_all_with_its_code_and_last_words(
     launches.append(launch := Launch(tmp_path, "raise SystemExit('the loss is NaN')"))
     code, _, errors = launch.end()
     assert code == 1
-    assert "the learner ended with exit code 1; the end of" in errors
+    assert "the learner ended with exit code 1: the end of" in errors
     assert "the loss is NaN" in errors
     assert launch.entries() == {}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from r1mega.cluster import commands
-from r1mega.cluster.job import FailedRank, failed_rank, needs_engines
+from r1mega.cluster.errors import FailedRank, failed_rank
+from r1mega.cluster.job import needs_engines
 from r1mega.config import Cluster, Config, Rollout
 
 

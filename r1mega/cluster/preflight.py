@@ -1,8 +1,9 @@
-"""What can be known to fail before any process starts: addresses, data, tokenizer and weights."""
+"""What can be known to fail before any process starts: machines, data, tokenizer and weights."""
 
 from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
+from r1mega.config.derived import num_nodes
 from r1mega.config.schema import Cluster, Config, Model
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
@@ -35,8 +36,14 @@ def check_inputs(verb: str, config: Config) -> None:
         raise JobFailed(str(error)) from error
 
 
-def check_addresses(cluster: Cluster) -> None:
-    """Raises JobFailed when nothing can listen where the configuration says."""
+def check_machines(cluster: Cluster) -> None:
+    """Raises JobFailed when this machine is not the whole cluster, or cannot listen as told."""
+    if (nodes := num_nodes(cluster)) > 1:
+        raise JobFailed(
+            f"this configuration wants {nodes} nodes (cluster.learner_nodes="
+            f"{cluster.learner_nodes}, engine_nodes={cluster.engine_nodes}) but this command "
+            "starts the processes of one machine; use a one-node cluster layer"
+        )
     if not processes.port_is_free(cluster.host, 0):
         raise JobFailed(
             f"cluster.host={cluster.host} is no address of this machine: name one that servers "

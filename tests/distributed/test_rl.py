@@ -195,3 +195,11 @@ def test_a_checkpoint_of_another_model_is_one_sentence(straight: Path, base: str
     assert done.returncode == 1
     assert "is a checkpoint of another model: rms_norm_eps was 1e-06, is 1e-05" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_is_not_started_on_one_machine() -> None:
+    layers = ["configs/stage/r1_zero.yaml", "configs/model/deepseek_v3.yaml"]
+    done = r1mega("rl", *layers, "configs/cluster/h100x256.yaml", "data.path=x", timeout_s=60)
+    assert done.returncode == 1
+    assert "wants 32 nodes (cluster.learner_nodes=24, engine_nodes=8)" in done.stderr
+    assert "Traceback" not in done.stderr

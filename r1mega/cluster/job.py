@@ -18,7 +18,7 @@ from r1mega.cluster import commands
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
 from r1mega.cluster.errors import JobFailed, learner_failure
-from r1mega.cluster.preflight import check_machines, check_inputs
+from r1mega.cluster.preflight import check_inputs, check_machines
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer

@@ -89,6 +89,12 @@ class Group:
     samples: tuple[Sample, ...]
     scores: tuple[Score, ...]
 
+    @property
+    def graded(self) -> list[tuple[Sample, Score]]:
+        """The samples whose grading worked: the others have no say in anything."""
+        pairs = zip(self.samples, self.scores, strict=True)
+        return [(sample, score) for sample, score in pairs if score.error is None]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequence:

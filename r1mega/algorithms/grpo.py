@@ -61,11 +61,7 @@ def training_sequences(groups: list[Group], algorithm: Algorithm) -> tuple[Seque
     """
     sequences: list[Sequence] = []
     for group in groups:
-        graded = [
-            (sample, score)
-            for sample, score in zip(group.samples, group.scores, strict=True)
-            if score.error is None
-        ]
+        graded = group.graded
         accuracies = {score.parts.get("accuracy", score.value) for _, score in graded}
         if not graded or (algorithm.drop_uniform_groups and len(accuracies) == 1):
             continue

@@ -44,11 +44,7 @@ def evaluation_metrics(groups: Sequence[Group], max_error_fraction: float) -> di
     answers_PK: list[list[str | None]] = []
     lengths: list[int] = []
     for group in groups:
-        graded = [
-            (sample, score)
-            for sample, score in zip(group.samples, group.scores, strict=True)
-            if score.error is None
-        ]
+        graded = group.graded
         if not graded:
             continue
         correct_PK.append([score.parts.get("accuracy", score.value) for _, score in graded])

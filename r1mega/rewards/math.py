@@ -24,12 +24,13 @@ class MathReward:
         questions = [
             (prompt.answer.strip(), extract_answer(sample.text)) for prompt, sample in pairs
         ]
-        scores = {pair: score for pair in questions if (score := _score_text(*pair)) is not None}
-        # A group often repeats itself: each distinct comparison is made once.
-        unsettled = list(dict.fromkeys(pair for pair in questions if pair not in scores))
-        results = self._pool.map(unsettled)
-        scores |= {p: _score_result(r) for p, r in zip(unsettled, results, strict=True)}
-        return [scores[pair] for pair in questions]
+        # A group often repeats itself: each distinct question is settled once.
+        by_text = {question: _score_text(*question) for question in questions}
+        scores = {question: score for question, score in by_text.items() if score is not None}
+        unsettled = [question for question, score in by_text.items() if score is None]
+        results = map(_score_result, self._pool.map(unsettled))
+        scores |= zip(unsettled, results, strict=True)
+        return [scores[question] for question in questions]
 
     def close(self) -> None:
         self._pool.close()

@@ -78,9 +78,9 @@ def _call(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
 
 
 def _json_object(url: str, content: bytes) -> dict[str, Any]:
-    """Health routes answer with text or nothing; that is an empty object here."""
+    """Health routes answer with text or nothing; what is no object is an empty one here."""
     try:
         value = json.loads(content)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {"value": value}
+    return value if isinstance(value, dict) else {}

@@ -111,10 +111,9 @@ def _attempt(
     engine_timeout_s: float,
 ) -> _Outcome:
     """The report, or why there is none."""
-    if fleet is None:
-        _exhaust(tensors)
-        return _Outcome()
     try:
+        if fleet is None:
+            return _Outcome()
         fleet.wait_ready(1, engine_timeout_s)
         return _Outcome(report=publish(fleet, _present(tensors), version, bucket_bytes))
     except (FleetNotReady, SyncFailed) as error:
@@ -129,8 +128,8 @@ def publish(
 ) -> SyncReport:
     """Send ``tensors`` to all usable engines and admit exactly those to the router."""
     started = time.monotonic()
-    engines = fleet.usable()
     try:
+        engines = fleet.usable()
         if not engines:
             raise SyncFailed("no engine answers")
         fleet.set_version(engines, None)
@@ -194,7 +193,7 @@ def _difference(engine: EngineHandle, digests: dict[str, str], timeout_s: float)
     except CallFailed as error:
         return str(error)
     held = answer["ranks"][0]["checksums"]
-    bad = [name for name, digest in digests.items() if held.get(name) != digest]
+    bad = [name for name, sent in digests.items() if held.get(name) != sent]
     if not bad:
         return None
     return (

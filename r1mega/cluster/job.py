@@ -86,6 +86,8 @@ class _Job:
             dump(self._config, self._directory.config_path)
         for stale in self._directory.fleet.glob("*.json"):
             stale.unlink()
+        for log_path in self._directory.logs.glob("*.log"):  # last words are those of this launch
+            log_path.replace(log_path.with_suffix(".log.1"))
         model_path = self._directory.engine_model
         save_tokenizer(self._config.model.tokenizer, model_path)
         values = hf_config(self._config.model, dtype=commands.engine_dtype(self._config))

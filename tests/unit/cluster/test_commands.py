@@ -1,6 +1,7 @@
 """Command lines and environments of a job's processes."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,19 +94,26 @@ def test_who_needs_engines(verb: str, replay: str | None, needed: bool) -> None:
     assert needs_engines(verb, config) is needed
 
 
-def test_failed_rank_is_the_root_cause_of_the_newest_attempt(tmp_path: Path) -> None:
+def test_failed_rank_is_the_one_that_wrote_its_last_words_first(tmp_path: Path) -> None:
+    """torch.distributed.run noticed rank 4 first, which lost its peer; rank 6 it ended itself."""
     summary, logs = tmp_path / "learner.log", tmp_path / "learner"
     assert failed_rank(summary, logs) is None
+    entry = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 8)\n"
     summary.write_text(
-        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 8)\n"
-        "Root Cause (first observed failure):\n[0]:\n  time : x\n"
-        "  rank      : 5 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
+        f"r1mega FAILED\n{entry.format(7, 3, 1)}"
+        f"r1mega FAILED\n---\nFailures:\n{entry.format(6, 2, -15)}{entry.format(5, 1, -9)}"
+        f"Root Cause (first observed failure):\n{entry.format(4, 0, 1)}"
     )
-    assert failed_rank(summary, logs) == FailedRank(5, 137, summary)
-    folder = logs / "none_abc" / "attempt_0" / "1"
-    folder.mkdir(parents=True)
-    (folder / "stdout.log").write_text("words")
-    (folder / "stderr.log").write_text("")
-    assert failed_rank(summary, logs) == FailedRank(5, 137, folder / "stdout.log")
-    (folder / "stderr.log").write_text("Traceback")
-    assert failed_rank(summary, logs) == FailedRank(5, 137, folder / "stderr.log")
+    found = {}
+    for local_rank, written_at in enumerate((30, 20, 10, 0)):
+        folder = logs / "none_abc" / "attempt_0" / str(local_rank)
+        folder.mkdir(parents=True)
+        (folder / "stdout.log").write_text("")
+        found[local_rank] = folder / "stderr.log"
+        found[local_rank].write_text("words")
+        os.utime(found[local_rank], (written_at, written_at))
+    assert failed_rank(summary, logs) == FailedRank(5, 137, found[1])
+    found[1].write_text("")
+    (found[1].parent / "stdout.log").write_text("words")
+    os.utime(found[1].parent / "stdout.log", (20, 20))
+    assert failed_rank(summary, logs) == FailedRank(5, 137, found[1].parent / "stdout.log")

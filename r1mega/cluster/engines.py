@@ -1,8 +1,8 @@
 """Keep the engines of one machine alive: start, register when they answer, restart when they end.
 
-An engine that ends comes back on a new port with the next incarnation, so nobody takes it for the
-one that held weights. Invariant: an engine's file exists exactly while it was last seen alive after
-answering /health.
+An engine that ends, or that we end because it fell silent, comes back on a new port with the next
+incarnation, so nobody takes it for the one that held weights. Invariant: an engine's file exists
+exactly while it was last seen alive after answering /health.
 """
 
 import logging
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 StartEngine = Callable[[int, int], Process]  # (index, port) -> process
 _HEALTH_TIMEOUT_S = 20.0
+_PROBES_PER_SILENCE = 5
+_FROZEN_GRACE_S = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +34,7 @@ class _Slot:
     process: Process
     url: str
     started: float
+    heard: float  # its last sign of life
     incarnation: int = 0
     answered: bool = False
     probe: "Future[bool] | None" = None
@@ -48,12 +51,14 @@ class Engines:
         host: str,
         folder: Path,
         start_timeout_s: float,
+        silence_timeout_s: float,
         max_restarts: int,
     ) -> None:
         self._start = start
         self._host = host
         self._folder = folder
         self._start_timeout_s = start_timeout_s
+        self._silence_timeout_s = silence_timeout_s
         self._max_restarts = max_restarts
         self._probes = ThreadPoolExecutor(max_workers=max(1, count))
         self._slots = [self._new_slot(index, 0) for index in range(count)]
@@ -66,21 +71,22 @@ class Engines:
         self._probes.shutdown(wait=False, cancel_futures=True)
 
     def tick(self) -> None:
-        """Restart what ended, register what answers; ``JobFailed`` when one cannot be had."""
+        """Restart what ended, register what answers, end what fell silent.
+
+        ``JobFailed`` when an engine cannot be had.
+        """
         for index, slot in enumerate(self._slots):
             if not slot.process.alive():
                 self._slots[index] = self._restart(slot)
-            elif not slot.answered:
-                self._register_if_answering(slot)
+            else:
+                self._listen(slot)
 
     def _new_slot(self, index: int, incarnation: int) -> _Slot:
         port = processes.free_port(self._host)
+        process, now = self._start(index, port), time.monotonic()
+        url = f"http://{self._host}:{port}"
         return _Slot(
-            index=index,
-            process=self._start(index, port),
-            url=f"http://{self._host}:{port}",
-            started=time.monotonic(),
-            incarnation=incarnation,
+            index=index, process=process, url=url, started=now, heard=now, incarnation=incarnation
         )
 
     def _restart(self, slot: _Slot) -> _Slot:
@@ -94,21 +100,40 @@ class Engines:
         log.warning("%s %s; starting it again", name, processes.how_it_ended(code))
         return self._new_slot(slot.index, slot.incarnation + 1)
 
-    def _register_if_answering(self, slot: _Slot) -> None:
-        if slot.probe is None:
+    def _listen(self, slot: _Slot) -> None:
+        """Ask for signs of life: often until the first, then now and then."""
+        if slot.probe is None and self._silence(slot) >= self._pause(slot):
             url = f"{slot.url}/health"
             slot.probe = self._probes.submit(control.answers, url, timeout_s=_HEALTH_TIMEOUT_S)
-        if slot.probe.done():
-            slot.answered = slot.probe.result()
+        if slot.probe is not None and slot.probe.done():
+            if slot.probe.result():
+                self._note_answer(slot)
             slot.probe = None
-        if slot.answered:
-            self._register(slot)
-        elif time.monotonic() - slot.started > self._start_timeout_s:
+        if not slot.answered and self._silence(slot) > self._start_timeout_s:
             raise JobFailed(
                 f"{slot.process.name} at {slot.url} did not answer within "
                 f"{self._start_timeout_s:.0f} s (rollout.engine_start_timeout_s): "
-                f"{processes.last_words(slot.process.log)}"
+                + processes.last_words(slot.process.log)
             )
+        if slot.answered and self._silence(slot) > self._silence_timeout_s:
+            log.warning(
+                "%s has not answered for %.0f s (rollout.engine_silence_timeout_s); ending it",
+                slot.process.name,
+                self._silence(slot),
+            )
+            processes.end([slot.process], grace_s=_FROZEN_GRACE_S)
+
+    def _silence(self, slot: _Slot) -> float:
+        return time.monotonic() - slot.heard
+
+    def _pause(self, slot: _Slot) -> float:
+        return self._silence_timeout_s / _PROBES_PER_SILENCE if slot.answered else 0.0
+
+    def _note_answer(self, slot: _Slot) -> None:
+        slot.heard = time.monotonic()
+        if not slot.answered:
+            slot.answered = True
+            self._register(slot)
 
     def _register(self, slot: _Slot) -> None:
         seconds = time.monotonic() - slot.started

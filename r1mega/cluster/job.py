@@ -117,6 +117,7 @@ class _Job:
             host=self._config.cluster.host,
             folder=self._directory.fleet,
             start_timeout_s=self._config.rollout.engine_start_timeout_s,
+            silence_timeout_s=self._config.rollout.engine_silence_timeout_s,
             max_restarts=self._config.rollout.max_restarts,
         )
 

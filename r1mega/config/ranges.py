@@ -41,6 +41,7 @@ _AT_LEAST_ZERO = """
 _ABOVE_ZERO = """
     model.rms_norm_eps model.rope_theta model.routed_scaling_factor learner.adam_eps
     rollout.temperature rollout.request_timeout_s rollout.engine_start_timeout_s
+    rollout.engine_silence_timeout_s
     rewards.math_timeout_s algorithm.importance_cap cluster.collective_timeout_s
 """
 

@@ -140,6 +140,8 @@ class Rollout:
     """Requests in flight per data-parallel leader."""
     request_timeout_s: float = 600.0
     engine_start_timeout_s: float = 300.0
+    engine_silence_timeout_s: float = 600.0
+    """An engine that answers no health check for so long is ended and started again."""
     max_retries: int = 8
     """Attempts per sample over engine deaths before the run ends with a clear error."""
     max_restarts: int = 3

@@ -190,6 +190,18 @@ def test_dead_engine_comes_back_elsewhere(tmp_path: Path, launches: list[Launch]
     assert after["url"] != before["url"]
 
 
+def test_frozen_engine_is_replaced(tmp_path: Path, launches: list[Launch]) -> None:
+    launches.append(launch := Launch(tmp_path, SLEEP, "rollout.engine_silence_timeout_s=10"))
+    launch.wait_for(lambda: len(launch.entries()) == 3)
+    before = launch.entries()["engine-1"]
+    frozen = descendants(int(str(before["pid"])))
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    launch.wait_for(lambda: launch.entries().get("engine-1", before) != before)
+    assert all_gone(frozen)
+    assert "engine-1 has not answered for 1" in launch.errors.read_text()
+
+
 def test_engine_that_keeps_dying_is_a_clear_end(tmp_path: Path, launches: list[Launch]) -> None:
     launches.append(launch := Launch(tmp_path, SLEEP, "rollout.max_restarts=0"))
     launch.wait_for(lambda: len(launch.entries()) == 3)

@@ -206,11 +206,14 @@ def post(path, body):
     data = json.dumps(body).encode()
     return urllib.request.urlopen(urllib.request.Request(url + path, data=data), timeout=60)
 def start(path, body):
-    threading.Thread(target=post, args=(path, body), daemon=True).start()
-start("/init_weights_update_group", dict(master_address="127.0.0.1", master_port=port,
+    thread = threading.Thread(target=post, args=(path, body), daemon=True)
+    thread.start()
+    return thread
+joining = start("/init_weights_update_group", dict(master_address="127.0.0.1", master_port=port,
     rank_offset=1, world_size=2, group_name="dying", backend="gloo"))
 group = join_group(address="127.0.0.1", port=port, rank=0, world_size=2, name="dying",
     backend="gloo", join_timeout_s=60, timeout_s=60)
+joining.join()  # only then does the engine know the group
 post("/begin_weight_update", {})
 start("/update_weights_from_distributed", dict(names=["model.norm.weight", "lm_head.weight"],
     dtypes=["float32"] * 2, shapes=[[64], [64, 64]], group_name="dying", weight_version="dead"))

@@ -40,7 +40,7 @@ class Chart:
 def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     """The charts of a run, in reading order, each with only the lines that have numbers."""
     keys = [key for key in metric_keys(rows) if series(rows, key)[1]]
-    evals = tuple((key, f"held-out {key[5:]}") for key in keys if key.startswith("eval/"))
+    evals = tuple((key, f"held-out {key[5:]}") for key in keys if re.match("eval/.*@", key))
     not_parts = {"mean", "std", "accuracy", "errors", "timeouts"}
     parts = tuple(
         (key, key[7:]) for key in keys if key.startswith("reward/") and key[7:] not in not_parts
@@ -50,7 +50,11 @@ def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     )
     wanted = [
         Chart("Accuracy", "share", (("reward/accuracy", "training prompts"), *evals), top=1.0),
-        Chart("Response length", "tokens", (("response/length_mean", "mean"),)),
+        Chart(
+            "Response length",
+            "tokens",
+            (("response/length_mean", "training prompts"), ("eval/length_mean", "held-out")),
+        ),
         Chart("Reward", "", (("reward/mean", "weighted sum"), *parts)),
         Chart(
             "Entropy",

@@ -76,7 +76,7 @@ def _tiles(rows: Sequence[dict[str, Any]]) -> str:
         ("Accuracy", "reward/accuracy", ENDS, ends),
         ("Response length", "response/length_mean", ENDS, f"tokens, {ends}"),
         ("Held-out pass@1", "eval/pass@1", 1, "before and after"),
-        ("Sampler against learner", "mismatch/kl", ENDS, "nats per token, first to last"),
+        ("Sampler against learner", "mismatch/max", ENDS, "nats, largest difference of a token"),
     )
     tiles = []
     for title, key, width, note in wanted:

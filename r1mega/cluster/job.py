@@ -23,7 +23,7 @@ from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
 from r1mega.model.hf_config import hf_config
-from r1mega.rollout.router import RouterClient, router_argv
+from r1mega.rollout.router import RouterClient, router_argv, write_router
 from r1mega.run.directory import RunDirectory
 from r1mega.system import files, processes
 from r1mega.system.processes import SENTENCE, Process
@@ -106,8 +106,7 @@ class _Job:
         self._router = process  # known to _end() while we wait
         url = f"http://{cluster.host}:{port}"
         _wait_for_router(RouterClient(url), process)
-        entry = {"url": url, "pid": process.pid}
-        files.write_atomically(self._directory.fleet / "router.json", json.dumps(entry) + "\n")
+        write_router(self._directory.fleet, url, process.pid)
         return process
 
     def _start_engines(self) -> Engines:

@@ -5,15 +5,19 @@ one ``ROUTING_KEY`` go to one engine, the least loaded when the key is new, so t
 prompt share its prefix there; a request without the key may go anywhere.
 """
 
+import json
 import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote
 
 from r1mega.rollout import control
 from r1mega.rollout.control import CallFailed
+from r1mega.system import files
 
+_FILE = "router.json"
 ROUTING_KEY = "X-SMG-Routing-Key"
 _CALL_TIMEOUT_S = 10.0
 _CHANGE_TIMEOUT_S = 60.0  # adding and removing are asynchronous; measured 0.3 to 1.5 s
@@ -45,6 +49,16 @@ def router_argv(host: str, port: int, *, metrics_port: int, request_timeout_s: f
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "sglang_router.launch_router", *flags]
+
+
+def write_router(folder: Path, url: str, pid: int) -> None:
+    """Tell the learner where the router is; ``read_router`` is the other end."""
+    entry = json.dumps({"url": url, "pid": pid}) + "\n"
+    files.write_atomically(folder / _FILE, entry)
+
+
+def read_router(folder: Path) -> "RouterClient":
+    return RouterClient(json.loads((folder / _FILE).read_text())["url"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """The worker's side of the rollout fleet: draw scored groups, publish weights."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from r1mega.rewards.compose import compose
 from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.publish import publish_from_all_ranks
 from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path
-from r1mega.rollout.router import RouterClient
+from r1mega.rollout.router import read_router
 from r1mega.rollout.sampler import HttpSampler, SamplingFailed
 from r1mega.stages.worker import Worker
 from r1mega.system.stopwatch import Stopwatch
@@ -133,11 +132,11 @@ def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
     """Connect to the engines that the launcher started; ends the reward's workers at exit."""
     config, groups = worker.config, worker.groups
     rollout = config.rollout
-    url = json.loads((worker.directory.fleet / "router.json").read_text())["url"]
+    router = read_router(worker.directory.fleet)
     sampler = reward = fleet = None
     if groups.is_dp_leader:
         sampler = HttpSampler(
-            url=url,
+            url=router.url,
             concurrency=rollout.concurrency,
             timeout_s=rollout.request_timeout_s,
             max_retries=rollout.max_retries,
@@ -146,7 +145,7 @@ def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
     if groups.rank == 0:
         fleet = Fleet(
             worker.directory.fleet,
-            RouterClient(url),
+            router,
             logs=worker.directory.logs,
             host=config.cluster.host,
             backend=worker.backend.collective,

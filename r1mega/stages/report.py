@@ -1,5 +1,7 @@
 """The report of a run (``r1mega report``): report.html and the closing table."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from r1mega.config import Config
@@ -10,7 +12,7 @@ from r1mega.run.report import write_report
 
 def main(config: Config) -> int:
     """Write it from what the run has recorded so far; the exit status."""
-    close(RunDirectory.create(config.run.root, config.name))
+    close(RunDirectory(Path(config.run.root) / config.name))
     return 0
 
 

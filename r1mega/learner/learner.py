@@ -4,6 +4,7 @@ Every rank holds the same batch records; each packs its own part. Results do not
 layout or on how sequences are packed, because the loss is a sum of globally weighted target tokens.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class Learner:
     optimizer: Any
 
     def update(self, batch: Batch, loss: Loss, *, lr: float) -> dict[str, float]:
-        """One optimizer step on ``batch``: ``learner/*`` metrics and the loss's own, reduced."""
+        """One optimizer step on ``batch``: ``learner/*`` metrics and the loss's own, reduced.
+
+        Raises RuntimeError on every rank when the loss or the gradient norm is not finite.
+        """
         started = time.perf_counter()
         for chunk in self.chunks:
             chunk.train()
@@ -57,7 +61,9 @@ class Learner:
             chunk_tokens=self.settings.logprob_chunk_tokens,
         )
         metrics = self._reduce(outputs)
+        _check_finite("loss", metrics["loss"])  # before any weight changes
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
+        _check_finite("gradient norm", grad_norm)
         seconds = time.perf_counter() - started
         return metrics | {
             "learner/grad_norm": grad_norm,
@@ -177,6 +183,14 @@ def open_learner(
         chunks=chunks,
         optimizer=optimizer,
     )
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"the {name} is {value}: the weights this run started from are broken, or "
+            "learner.lr is too high; the last checkpoint stands"
+        )
 
 
 def _accumulate(outputs: list[LossOutput]) -> tuple[dict[str, float], dict[str, float]]:

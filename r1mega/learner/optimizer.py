@@ -24,7 +24,7 @@ def wrap_chunks(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # the learner checks loss and norm, and says more
     )
     return [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
 

@@ -102,6 +102,9 @@ def build_model(
     """
     layout = groups.layout
     config = transformer_config(model, layout, options)
+    # Frees a stage's output as soon as its send has begun. NCCL orders that on a stream; gloo reads
+    # the memory later, and the interleaved schedule then trained on garbage in one step of ten.
+    config.deallocate_pipeline_outputs = device.type == "cuda"
     chunks: list[torch.nn.Module] = []
     num_chunks = layout.vpp or 1
     for chunk in range(num_chunks):

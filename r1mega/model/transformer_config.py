@@ -121,7 +121,6 @@ def _parallelism(layout: Layout) -> dict[str, Any]:
         "variable_seq_lengths": layout.pp > 1,
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        "deallocate_pipeline_outputs": True,
     }
 
 

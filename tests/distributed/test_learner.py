@@ -148,3 +148,38 @@ def test_padding_does_not_move_the_expert_bias(checkpoint: Any) -> None:
     sharded = run_ranks(__name__, "bias_facts", init=init, world=4, tp=4, ep=2)[0]
     assert len(alone) == 3
     assert sharded == alone
+
+
+def broken_facts(init: str, **axes: Any) -> str:
+    """Runs on every rank: what an update says whose weights are not numbers."""
+    from r1mega.algorithms.losses import next_token_loss
+
+    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
+    learner.weights.region(learner.weights.slices[-1]).fill_(float("nan"))
+    with pytest.raises(RuntimeError) as caught:
+        learner.update(tiny.random_batch(), next_token_loss, lr=1e-3)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_a_number_ends_every_rank(checkpoint: Any) -> None:
+    said = run_ranks(__name__, "broken_facts", init=str(checkpoint[0]), world=2, pp=2)
+    assert len(said) == 2
+    assert all(text.startswith("the loss is nan: the weights") for text in said)
+
+
+def repeated_facts(init: str, repeats: int, **axes: Any) -> list[tuple[float, float]]:
+    """Runs on every rank: loss and gradient norm of one and the same update, many times."""
+    from r1mega.algorithms.losses import next_token_loss
+
+    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
+    batch = tiny.random_batch(num_sequences=24)
+    steps = [learner.update(batch, next_token_loss, lr=0.0) for _ in range(repeats)]
+    return [(step["loss"], step["learner/grad_norm"]) for step in steps]
+
+
+@pytest.mark.parametrize("vpp", [None, 2])
+def test_a_pipeline_repeats_itself_bit_for_bit(vpp: int | None, checkpoint: Any) -> None:
+    """A send that outlives its buffer shows here: one wrong step in ten, and no error."""
+    init = str(checkpoint[0])
+    facts = run_ranks(__name__, "repeated_facts", init=init, repeats=50, world=2, pp=2, vpp=vpp)[0]
+    assert len({tuple(step) for step in facts}) == 1

@@ -130,9 +130,3 @@ class Reward(Protocol):
     text."""
 
     def __call__(self, pairs: list[tuple[Prompt, Sample]]) -> list[Score]: ...
-
-
-class Sampler(Protocol):
-    """Draws one sample per request, in request order; knows nothing of the engines behind it."""
-
-    def __call__(self, requests: list[SampleRequest], sampling: Sampling) -> list[Sample]: ...

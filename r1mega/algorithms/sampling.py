@@ -6,12 +6,13 @@ ranks hold all groups, in request order, however many leaders there were.
 
 import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
-from r1mega.parallel.collectives import gather_records
+from r1mega.parallel.collectives import gather_records, wait_for_all
 from r1mega.parallel.groups import Groups
 from r1mega.records import Group, Prompt, Sample, SampleRequest, Sampling, Score
 from r1mega.rollout.sampler import HttpSampler, SamplingFailed
@@ -49,6 +50,7 @@ class Drawer:
     sampler: HttpSampler | None
     reward: ScorePairs | None
     watch: Stopwatch
+    calls: Iterator[int] = field(default_factory=count)
 
     def __call__(
         self, prompts: list[Prompt], group_size: int, sampling: Sampling, *, seed: str
@@ -62,9 +64,9 @@ class Drawer:
             for slot, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
-        shares = gather_records(
-            self._draw_share(requests, sampling), Share, group=self.groups.world, device=self.device
-        )
+        mine = self._draw_share(requests, sampling)
+        wait_for_all(f"draw {next(self.calls)}")  # a rollout may outlast a collective's timeout
+        shares = gather_records(mine, Share, group=self.groups.world, device=self.device)
         if errors := [share.error for share in shares if share.error]:
             raise SamplingFailed(errors[0])
         samples = [sample for share in shares for sample in share.samples]

@@ -49,10 +49,6 @@ def samples_per_step(algorithm: Algorithm) -> int:
     return algorithm.prompts_per_step * algorithm.group_size
 
 
-def prompts_per_rollout(algorithm: Algorithm, rollout: Rollout) -> int:
-    return algorithm.prompts_per_step * rollout.steps
-
-
 def samples_per_rollout(algorithm: Algorithm, rollout: Rollout) -> int:
     return samples_per_step(algorithm) * rollout.steps
 

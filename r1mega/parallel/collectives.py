@@ -1,5 +1,7 @@
 """Small collectives over records and numbers. Nothing here pickles: records travel as msgpack."""
 
+import logging
+import time
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,14 +12,33 @@ from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
+_FIRST_PAUSE_S = 0.002
+_LONGEST_PAUSE_S = 0.25
+_TELL_EVERY_S = 60.0
 
-def sum_floats(
-    values: dict[str, float], group: ProcessGroup, device: torch.device
-) -> dict[str, float]:
-    """Sum of every value over the group; all ranks must hold the same keys."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    return dict(zip(values, total.tolist(), strict=True))
+logger = logging.getLogger(__name__)
+
+
+def wait_for_all(label: str) -> None:
+    """Return when every rank has come to ``label``, however long that takes.
+
+    A collective ends after its timeout, and ranks that wait for a rollout would end with it. This
+    asks the job's store instead, and says who is missing once a minute. Labels are used once.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    world = dist.get_world_size()
+    store.set(f"{label}/{dist.get_rank()}", "here")
+    arrived = store.add(label, 1)
+    started = told = time.monotonic()
+    pause = _FIRST_PAUSE_S
+    while arrived < world:
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+        arrived = store.add(label, 0)
+        if (now := time.monotonic()) - told > _TELL_EVERY_S:
+            missing = [rank for rank in range(world) if not store.check([f"{label}/{rank}"])]
+            logger.info("%s: %.0f s, waiting for ranks %s", label, now - started, missing)
+            told = now
 
 
 def broadcast_record(

@@ -20,7 +20,6 @@ class Groups:
     pp: ProcessGroup
     cp: ProcessGroup
     dp: ProcessGroup
-    dp_cp: ProcessGroup
     world: ProcessGroup
 
     @property
@@ -60,22 +59,25 @@ def open_groups(layout: Layout, backend: Backend, *, timeout_s: float, seed: int
     model_parallel_cuda_manual_seed(seed)
     world = dist.group.WORLD
     assert world is not None
-    return Groups(
+    groups = Groups(
         layout=layout,
         rank=dist.get_rank(),
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         world=world,
     )
+    _check_ranks(groups)
+    return groups
 
 
-def close_groups() -> None:
-    """Leave the job; for tests that build more than one layout in a process."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _check_ranks(groups: Groups) -> None:
+    """Layout decides who holds which slice: Megatron must have made the same groups."""
+    for axis in ("tp", "cp", "dp", "pp"):
+        made = dist.get_process_group_ranks(getattr(groups, axis))
+        if made not in groups.layout.groups(axis):
+            raise RuntimeError(
+                f"megatron-core put rank {groups.rank} in the {axis} group {made}, which is none "
+                f"of {groups.layout.groups(axis)}: this megatron-core is not the pinned one"
+            )

@@ -39,7 +39,7 @@ class SamplerStats:
 
 @dataclass(kw_only=True)
 class HttpSampler:
-    """``HttpSampler(url=router_url, ...)(requests, sampling)``; see ``records.Sampler``."""
+    """``HttpSampler(url=..., ...)(requests, sampling)``: one sample per request, in order."""
 
     url: str
     concurrency: int

@@ -22,7 +22,6 @@ def test_the_671b_run_in_numbers() -> None:
     assert derived.layers_per_stage(61, config.parallel) == (6, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)
     assert derived.samples_per_step(config.algorithm) == 512
     assert derived.samples_per_rollout(config.algorithm, config.rollout) == 8192
-    assert derived.prompts_per_rollout(config.algorithm, config.rollout) == 512
     assert derived.num_rollouts(config.stage, config.rollout) == 650
     assert derived.num_nodes(config.cluster) * config.cluster.gpus_per_node == 256
     assert derived.engine_gpus(config.cluster, config.rollout) == 64

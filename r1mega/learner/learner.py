@@ -53,13 +53,7 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         microbatches = self.microbatches(batch)
-        outputs = run_pipeline(
-            self.chunks,
-            microbatches,
-            loss=loss,
-            temperature=self.temperature,
-            chunk_tokens=self.settings.logprob_chunk_tokens,
-        )
+        outputs = self._run(microbatches, loss)
         metrics = self._reduce(outputs)
         _check_finite("loss", metrics["loss"])  # before any weight changes
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
@@ -78,16 +72,10 @@ class Learner:
         for chunk in self.chunks:
             chunk.eval()
         microbatches = self.microbatches(batch)
-        outputs = run_pipeline(
-            self.chunks,
-            microbatches,
-            loss=None,
-            temperature=self.temperature,
-            chunk_tokens=self.settings.logprob_chunk_tokens,
-        )
+        outputs = self._run(microbatches, None)
         counts = [s.num_targets for s in batch.sequences]
         table = torch.zeros(sum(counts), device=self.backend.device)
-        if self.groups.is_last_stage and self.groups.place["tp"] == 0:
+        if self.groups.reports_losses:
             places = table.split(counts)
             for microbatch, logprobs_R in zip(microbatches, outputs, strict=True):
                 _scatter(places, counts, microbatch, logprobs_R)
@@ -123,11 +111,19 @@ class Learner:
             for part in parts
         ]
 
+    def _run(self, microbatches: list[Microbatch], loss: Loss | None) -> list[Any]:
+        return run_pipeline(
+            self.chunks,
+            microbatches,
+            loss=loss,
+            temperature=self.temperature,
+            chunk_tokens=self.settings.logprob_chunk_tokens,
+        )
+
     def _reduce(self, outputs: list[LossOutput]) -> dict[str, float]:
         """Sums and maxima over microbatches and dp, on every rank, in rank order."""
-        reports = self.groups.is_last_stage and self.groups.place["tp"] == 0
         mine: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        if reports:
+        if self.groups.reports_losses:
             mine = _accumulate(outputs)
         gathered = gather_records(
             mine,

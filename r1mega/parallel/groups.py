@@ -31,6 +31,11 @@ class Groups:
         return self.place["pp"] == self.layout.pp - 1
 
     @property
+    def reports_losses(self) -> bool:
+        """One rank of each replica: the tensor-parallel ranks of the last stage hold the same."""
+        return self.is_last_stage and self.place["tp"] == 0
+
+    @property
     def is_dp_leader(self) -> bool:
         return self.rank == self.layout.dp_leader(self.place["dp"])
 

@@ -22,10 +22,11 @@ from r1mega.system.stopwatch import Stopwatch
 
 def main(config: Config, backend: Backend) -> int:
     """Evaluate the newest checkpoint of runs/<name>, or ``model.init`` when there is none."""
-    prompts = load_prompts(config.data, load_tokenizer(config.model.tokenizer), config.seed)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    prompts = load_prompts(config.data, tokenizer, config.seed)
     worker = open_worker(config, backend)
     progress, _ = worker.load()
-    with open_generation(worker, Stopwatch()) as generation:
+    with open_generation(worker, Stopwatch(), (tokenizer.eos_token_id,)) as generation:
         generation.publish(progress.version + 1)
         chosen = prompts.held_out[: config.stage.eval_prompts]
         drawn = generation.draw_for_evaluation(chosen, step=progress.step)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from r1mega.algorithms.sampling import Drawer, Drawn
 from r1mega.config.derived import max_response_tokens
-from r1mega.data.tokenizer import load_tokenizer
 from r1mega.parallel.collectives import broadcast_record
 from r1mega.records import Prompt, Sampling
 from r1mega.rewards.compose import compose
@@ -128,7 +127,9 @@ class Replay:
 
 
 @contextmanager
-def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
+def open_generation(
+    worker: Worker, watch: Stopwatch, stop_token_ids: tuple[int, ...]
+) -> Iterator[Generation]:
     """Connect to the engines that the launcher started; ends the reward's workers at exit."""
     config, groups = worker.config, worker.groups
     rollout = config.rollout
@@ -166,7 +167,7 @@ def open_generation(worker: Worker, watch: Stopwatch) -> Iterator[Generation]:
                 watch=watch,
             ),
             fleet=fleet,
-            stop_token_ids=(load_tokenizer(config.model.tokenizer).eos_token_id,),
+            stop_token_ids=stop_token_ids,
         )
     finally:
         if reward is not None:

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 def main(config: Config, backend: Backend) -> int:
     """GRPO until ``stage.steps``; the exit status."""
-    prompts = load_prompts(config.data, load_tokenizer(config.model.tokenizer), config.seed)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    prompts = load_prompts(config.data, tokenizer, config.seed)
     worker = open_worker(config, backend)
     progress, reference = worker.resume()
     if reference is None and config.algorithm.kl_coef:
@@ -37,7 +38,7 @@ def main(config: Config, backend: Backend) -> int:
     watch = Stopwatch()
     steps = config.stage.steps
     with (
-        _open_source(worker, watch) as source,
+        _open_source(worker, watch, (tokenizer.eos_token_id,)) as source,
         progress_bar("rl", steps, progress.step, shown=worker.groups.rank == 0) as advance,
     ):
         source.publish(progress.version)
@@ -117,12 +118,14 @@ def _rollout(
 
 
 @contextmanager
-def _open_source(worker: Worker, watch: Stopwatch) -> Iterator[Generation | Replay]:
+def _open_source(
+    worker: Worker, watch: Stopwatch, stop_token_ids: tuple[int, ...]
+) -> Iterator[Generation | Replay]:
     """Engines, or the kept rollouts that stand in for them."""
     if worker.config.rollout.replay is not None:
         yield Replay.open(worker.config.rollout.replay)
         return
-    with open_generation(worker, watch) as generation:
+    with open_generation(worker, watch, stop_token_ids) as generation:
         yield generation
 
 

@@ -33,7 +33,7 @@ from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.system.files import sync_folder, write_atomically
-from r1mega.weights.local import LocalWeights, region_owners
+from r1mega.weights.local import LocalWeights
 from r1mega.weights.slices import CHECKPOINT_INDEX
 
 FORMAT = "r1mega-checkpoint-1"
@@ -257,11 +257,10 @@ def _write_shards(
 
 
 def _owned_regions(weights: LocalWeights) -> dict[str, Tensor]:
-    owners = region_owners(weights.model, weights.layout)
     return {
         piece.hf_name: weights.region(piece).to("cpu", copy=True).contiguous()
         for piece in weights.slices
-        if owners[piece.hf_name][1][piece.region] == weights.rank
+        if weights.owners[piece.hf_name][1][piece.region] == weights.rank
     }
 
 
@@ -312,7 +311,7 @@ def _index(weights: LocalWeights) -> dict[str, Any]:
                     for region, owner in owners.items()
                 ],
             }
-            for name, (shape, owners) in region_owners(weights.model, weights.layout).items()
+            for name, (shape, owners) in weights.owners.items()
         },
     }
 

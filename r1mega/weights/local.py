@@ -16,6 +16,8 @@ from r1mega.weights.names import ParameterSlice, Region, Spec, parameter_slices
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
+# Hugging Face name -> its shape, and the owner of each of its distinct regions.
+Owners = dict[str, tuple[tuple[int, ...], dict[Region, int]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,7 @@ class LocalWeights:
     rank: int
     slices: tuple[ParameterSlice, ...]
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
+    owners: Owners  # half a second of arithmetic at 671B: done once
 
     def region(self, piece: ParameterSlice) -> Tensor:
         """The live view of one slice; writing to it writes the parameter."""
@@ -74,7 +77,12 @@ def local_weights(
                 f"{sorted(set(held) - named)[:4]}"
             )
     return LocalWeights(
-        model=model, layout=layout, rank=rank, slices=tuple(slices), tensors=tensors
+        model=model,
+        layout=layout,
+        rank=rank,
+        slices=tuple(slices),
+        tensors=tensors,
+        owners=region_owners(model, layout),
     )
 
 
@@ -125,7 +133,7 @@ def hf_tensors(
     distinct rectangle crosses the network once, from the lowest rank that holds it.
     """
     mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
-    for name, (shape, owners) in region_owners(weights.model, weights.layout).items():
+    for name, (shape, owners) in weights.owners.items():
         whole: Tensor | None = None
         for region, owner in owners.items():
             if weights.rank == 0:
@@ -146,11 +154,9 @@ def hf_tensors(
         yield name, whole
 
 
-def region_owners(
-    model: schema.Model, layout: Layout
-) -> dict[str, tuple[tuple[int, ...], dict[Region, int]]]:
+def region_owners(model: schema.Model, layout: Layout) -> Owners:
     """Every Hugging Face tensor: its shape, its distinct regions and the lowest rank of each."""
-    table: dict[str, tuple[tuple[int, ...], dict[Region, int]]] = {}
+    table: Owners = {}
     for rank in range(layout.world):
         for piece in parameter_slices(model, layout, rank):
             _, owners = table.setdefault(piece.hf_name, (piece.hf_shape, {}))

@@ -16,9 +16,10 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from r1mega.config import schema
+from r1mega.config.flops import crossover_tokens
 from r1mega.learner.microbatch import Microbatch, make_microbatch
 from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
-from r1mega.learner.packing import pack
+from r1mega.learner.packing import Partition, pack
 from r1mega.learner.pipeline import Loss, LossOutput, run_pipeline
 from r1mega.model.build import build_model
 from r1mega.model.transformer_config import BuildOptions
@@ -52,8 +53,8 @@ class Learner:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = self.microbatches(batch)
-        outputs = self._run(microbatches, loss)
+        partition = self.pack(batch)
+        outputs = self._run(self.microbatches(batch, partition), loss)
         metrics = self._reduce(outputs)
         _check_finite("loss", metrics["loss"])  # before any weight changes
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
@@ -62,7 +63,8 @@ class Learner:
         return metrics | {
             "learner/grad_norm": grad_norm,
             "learner/lr": lr,
-            "learner/microbatches": float(len(microbatches)),
+            "learner/microbatches": float(len(partition.parts[0])),
+            "learner/balance": partition.balance,
             "learner/tokens_per_s": sum(len(s.token_ids) for s in batch.sequences) / seconds,
         }
 
@@ -71,7 +73,7 @@ class Learner:
         """Log-probs of every sequence's targets under the present weights, on every rank."""
         for chunk in self.chunks:
             chunk.eval()
-        microbatches = self.microbatches(batch)
+        microbatches = self.microbatches(batch, self.pack(batch))
         outputs = self._run(microbatches, None)
         counts = [s.num_targets for s in batch.sequences]
         table = torch.zeros(sum(counts), device=self.backend.device)
@@ -95,20 +97,25 @@ class Learner:
         """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end."""
         return hf_tensors(self.weights, device=self.backend.device)
 
-    def microbatches(self, batch: Batch) -> list[Microbatch]:
-        """This rank's part of the batch, packed."""
+    def pack(self, batch: Batch) -> Partition:
+        """Which sequences go to which rank and microbatch: the same answer on every rank."""
         layout = self.groups.layout
-        parts = pack(
+        return pack(
             [len(s.token_ids) for s in batch.sequences],
             dp=layout.dp,
+            pp=layout.pp,
+            vpp=layout.vpp,
             tokens_per_microbatch=self.settings.tokens_per_microbatch,
-            multiple=layout.pp if layout.vpp else 1,
-        )[self.groups.place["dp"]]
+            crossover_tokens=crossover_tokens(self.weights.model),
+        )
+
+    def microbatches(self, batch: Batch, partition: Partition) -> list[Microbatch]:
+        """This rank's part of the batch."""
         # Sequence parallelism cuts T over tp; fp8 GEMMs want 16 rows of it at least.
-        multiple = layout.tp * (1 if self.settings.fp8 == "none" else 16)
+        multiple = self.groups.layout.tp * (1 if self.settings.fp8 == "none" else 16)
         return [
             make_microbatch(batch.sequences, part, multiple=multiple, device=self.backend.device)
-            for part in parts
+            for part in partition.parts[self.groups.place["dp"]]
         ]
 
     def _run(self, microbatches: list[Microbatch], loss: Loss | None) -> list[Any]:

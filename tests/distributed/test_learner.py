@@ -47,9 +47,10 @@ def gradient_facts(init: str, **axes: Any) -> dict[str, Any]:
     learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
     for chunk in learner.chunks:
         chunk.zero_grad_buffer()
+    batch = tiny.random_batch()
     run_pipeline(
         learner.chunks,
-        learner.microbatches(tiny.random_batch()),
+        learner.microbatches(batch, learner.pack(batch)),
         loss=next_token_loss,
         temperature=1.0,
         chunk_tokens=16,

@@ -37,6 +37,20 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Routers:
+    """What of a model fixes the form of recorded expert ids."""
+
+    num_layers: int  # all, the dense ones included
+    num_dense_layers: int  # they come first and have no router
+    topk: int
+    num_experts: int
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How to draw: the part of a request that all requests of a rollout share."""
 
@@ -45,6 +59,22 @@ class Sampling:
     top_k: int = -1  # -1: off
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    routers: Routers | None = None  # have the engine return the experts that these chose
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedExperts:
+    """The experts that the sampler's routers chose, [tokens, MoE layers, topk] in C order.
+
+    Tokens are those of prompt and response but the last, which predicts nothing. DeepSeek-V3 (58
+    such layers, 8 of 256 experts) takes 464 bytes per token, 15 MB for a sample of 32k tokens, so
+    these stay on the rank that drew the sample until the learner knows which ranks train it.
+    """
+
+    num_layers: int
+    topk: int
+    dtype: Literal["uint8", "int16"]  # uint8 up to 256 experts; little-endian
+    ids: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +98,7 @@ class Sample:
     text: str  # without special stop tokens
     finish_reason: FinishReason
     versions: tuple[VersionRange, ...]
+    routed_experts: RoutedExperts | None = None  # on the rank that drew it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +143,7 @@ class Sequence:
     sampler_logprobs: tuple[float, ...] = ()
     policy_logprobs: tuple[float, ...] = ()
     reference_logprobs: tuple[float, ...] = ()
+    routed_experts: RoutedExperts | None = None  # on one rank at least, where they are replayed
 
     @property
     def num_targets(self) -> int:
@@ -123,6 +155,7 @@ class Batch:
     """One optimizer step: the same records on every rank; the learner takes each rank's part."""
 
     sequences: tuple[Sequence, ...]
+    replays_routing: bool = False  # routers take the experts recorded at sampling
 
 
 class Reward(Protocol):

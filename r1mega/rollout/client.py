@@ -9,7 +9,16 @@ from typing import Any
 
 import aiohttp
 
-from r1mega.records import FinishReason, Sample, SampleRequest, Sampling, VersionRange
+from r1mega.records import (
+    FinishReason,
+    RoutedExperts,
+    Routers,
+    Sample,
+    SampleRequest,
+    Sampling,
+    VersionRange,
+)
+from r1mega.rollout.routed_experts import read_routed_experts
 from r1mega.rollout.router import ROUTING_KEY
 
 NEVER_PUBLISHED = -1  # such an engine calls its weights "default"
@@ -44,12 +53,13 @@ async def generate(
         raise AttemptFailed(
             f"{url} did not answer: {str(error) or type(error).__name__}"
         ) from error
-    return read_answer(answer, request)
+    return read_answer(answer, request, sampling.routers)
 
 
 def generate_body(request: SampleRequest, sampling: Sampling) -> dict[str, Any]:
     """The JSON of POST /generate. No ``rid``: the router's own retries would repeat it."""
-    return {
+    recorded = {} if sampling.routers is None else {"return_routed_experts": True}
+    return recorded | {
         "input_ids": list(request.prompt.token_ids),
         "sampling_params": {
             "max_new_tokens": sampling.max_tokens,
@@ -65,8 +75,9 @@ def generate_body(request: SampleRequest, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def read_answer(answer: Any, request: SampleRequest) -> Sample:
-    """The sample in a 200 answer; an aborted one is an ``AttemptFailed``."""
+def read_answer(answer: Any, request: SampleRequest, routers: Routers | None = None) -> Sample:
+    """The sample in a 200 answer, with the experts of ``routers``; an aborted one is an
+    ``AttemptFailed``."""
     try:
         token_ids = tuple(answer["output_ids"])
         meta = answer["meta_info"]
@@ -91,6 +102,7 @@ def read_answer(answer: Any, request: SampleRequest) -> Sample:
         text=text,
         finish_reason=reason,
         versions=versions,
+        routed_experts=_routed_experts(meta, request, len(token_ids), routers),
     )
 
 
@@ -107,6 +119,18 @@ def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[VersionRange, ...]
         VersionRange(version=parse_version(part["version"]), start=part["start"], end=part["end"])
         for part in ranges
     )
+
+
+def _routed_experts(
+    meta: dict[str, Any], request: SampleRequest, num_tokens: int, routers: Routers | None
+) -> RoutedExperts | None:
+    if routers is None:
+        return None
+    total = len(request.prompt.token_ids) + num_tokens
+    try:
+        return read_routed_experts(meta.get("routed_experts"), total, routers)
+    except ValueError as error:
+        raise BadExchange(f"the answer for {request.uid} {error}") from error
 
 
 def _check(

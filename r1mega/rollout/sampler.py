@@ -3,11 +3,16 @@
 A sample depends on its seed and the weights only, so an attempt lost with its engine is drawn again
 elsewhere with the same tokens. A sample from any other version than ``expected_version`` is not
 accepted. Each request ends as a sample or, after ``max_retries`` attempts, as one clear error.
+
+Requests go through the router, but for those that want routed experts: sglang-router 0.3.2 drops
+that field of the body. They go straight to the engines that the router forwards to, those that the
+fleet admitted.
 """
 
 import asyncio
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +21,8 @@ import aiohttp
 from r1mega.records import Sample, SampleRequest, Sampling
 from r1mega.rollout import client
 from r1mega.rollout.client import AttemptFailed
+from r1mega.rollout.control import CallFailed
+from r1mega.rollout.router import RouterClient
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +72,13 @@ class HttpSampler:
         slots = asyncio.Semaphore(self.concurrency)
         timeout = aiohttp.ClientTimeout(total=self.timeout_s)
         connector = aiohttp.TCPConnector(limit=self.concurrency)
+        turns = _turns(requests)
         num_done = 0
 
         async def draw(session: aiohttp.ClientSession, request: SampleRequest) -> Sample:
             nonlocal num_done
             async with slots:
-                sample = await self._draw(session, request, sampling)
+                sample = await self._draw(session, request, sampling, turns[request.prompt.uid])
             num_done += 1
             if self.progress is not None:
                 self.progress(num_done, len(requests))
@@ -81,7 +89,7 @@ class HttpSampler:
             return list(await asyncio.gather(*(draw(session, request) for request in requests)))
 
     async def _draw(
-        self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling
+        self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling, turn: int
     ) -> Sample:
         failure: AttemptFailed | None = None
         for attempt in range(self.max_retries):
@@ -89,7 +97,8 @@ class HttpSampler:
                 self._stats.retries += 1
                 await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
             try:
-                return await self._attempt(session, request, sampling, attempt)
+                url = self.url if sampling.routers is None else await self._engine(turn + attempt)
+                return await self._attempt(session, url, request, sampling, attempt)
             except AttemptFailed as error:
                 failure = error
         raise SamplingFailed(
@@ -97,16 +106,27 @@ class HttpSampler:
             f"the last time: {failure}"
         ) from failure
 
+    async def _engine(self, turn: int) -> str:
+        """The next of the admitted engines: another one for the next attempt."""
+        try:
+            urls = sorted(await asyncio.to_thread(RouterClient(self.url).workers))
+        except CallFailed as error:
+            raise AttemptFailed(str(error)) from error
+        if not urls:
+            raise AttemptFailed(f"the router at {self.url} knows no engine")
+        return urls[turn % len(urls)]
+
     async def _attempt(
         self,
         session: aiohttp.ClientSession,
+        url: str,
         request: SampleRequest,
         sampling: Sampling,
         attempt: int,
     ) -> Sample:
         # Later attempts carry no key: they may go to another engine than the one that failed.
         key = f"{request.prompt.uid}@{self.expected_version}" if attempt == 0 else None
-        sample = await client.generate(session, self.url, request, sampling, routing_key=key)
+        sample = await client.generate(session, url, request, sampling, routing_key=key)
         drawn_from = {part.version for part in sample.versions}
         if drawn_from != {self.expected_version}:
             if self._stats.stale == 0:
@@ -120,3 +140,13 @@ class HttpSampler:
                 f"weights {sorted(drawn_from)} answered instead of version {self.expected_version}"
             )
         return sample
+
+
+def _turns(requests: list[SampleRequest]) -> dict[str, int]:
+    """Prompt uid -> its turn at the engines: its samples share one, for the sake of its prefix.
+
+    Leaders count from numbers of their own, or all first prompts would meet at one engine.
+    """
+    prompts = dict.fromkeys(request.prompt.uid for request in requests)
+    first = zlib.crc32(next(iter(prompts), "").encode())
+    return {uid: first + number for number, uid in enumerate(prompts)}

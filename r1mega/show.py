@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from r1mega.config import Config, derived
+from r1mega.config import Config, derived, network
 from r1mega.config.load import to_yaml
 from r1mega.weights.names import count_parameters
 
@@ -45,12 +45,14 @@ def _network(config: Config) -> Iterator[Row]:
     yield "layers per stage", " ".join(map(str, stages)), f"{model.num_hidden_layers} layers"
     if p.vpp is not None:
         yield "layers per chunk", f"{stages[0] // p.vpp}", f"vpp {p.vpp}"
+    yield "parameters", f"{count_parameters(model):,}", ""
+    if network.is_dense(model):
+        return
     yield (
         "experts per rank",
         f"{model.n_routed_experts // p.ep}",
         f"{model.n_routed_experts} in a layer",
     )
-    yield "parameters", f"{count_parameters(model):,}", ""
     yield (
         "active per token",
         f"{count_parameters(model, active=True):,}",

@@ -9,7 +9,8 @@ from pathlib import PurePath
 
 from r1mega.config import derived, ranges
 from r1mega.config.errors import ConfigError
-from r1mega.config.schema import Config, Data, Learner, Model, Parallel, Rollout, Stage
+from r1mega.config.network_checks import network_violations
+from r1mega.config.schema import Config, Data, Learner, Parallel, Rollout, Stage
 
 _DOCUMENT_SOURCES = ("arithmetic", "text", "sft")
 _PROMPT_SOURCES = ("arithmetic", "gsm8k", "jsonl")
@@ -33,9 +34,7 @@ def _between_keys(config: Config) -> Iterator[str]:
     yield from _mesh(config)
     yield from _not_yet(config)
     yield from _pipeline(config.model.num_hidden_layers, config.parallel)
-    yield from _tensor_cuts(config.model, config.parallel)
-    yield from _experts(config.model, config.parallel)
-    yield from _positions(config.model)
+    yield from network_violations(config.model, config.parallel, config.learner)
     yield from _precision(config)
     yield from _schedule(config.learner, config.stage)
     yield from _source(config.stage, config.data)
@@ -88,8 +87,6 @@ def _not_yet(config: Config) -> Iterator[str]:
     """What the network can be told but the learner would get wrong."""
     if config.parallel.cp > 1:
         yield f"parallel.cp={config.parallel.cp}: context parallelism is not built yet; use cp=1"
-    if config.model.tie_word_embeddings:
-        yield "model.tie_word_embeddings=true: DeepSeek-V3 has a head of its own; use false"
     if config.learner.dispatcher == "allgather":
         yield (
             "learner.dispatcher=allgather needs microbatches of equal length, which packing does "
@@ -122,69 +119,6 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
         return
     if p.vpp is not None and stages[0] % p.vpp:
         yield f"vpp={p.vpp} must divide the {stages[0]} layers of a pipeline stage"
-
-
-def _tensor_cuts(m: Model, p: Parallel) -> Iterator[str]:
-    """What one tensor-parallel rank holds must be whole."""
-    shared = m.n_shared_experts * m.moe_intermediate_size
-    cuts = (
-        ("num_attention_heads", m.num_attention_heads, "tp", p.tp),
-        ("vocab_size", m.vocab_size, "tp", p.tp),
-        ("intermediate_size", m.intermediate_size, "tp", p.tp),
-        ("n_shared_experts * moe_intermediate_size", shared, "tp", p.tp),
-        ("moe_intermediate_size", m.moe_intermediate_size, "etp", p.etp),
-    )
-    for name, size, axis, parts in cuts:
-        if size % parts:
-            yield f"{axis}={parts} must divide model.{name}={size}; change parallel.{axis}"
-
-
-def _experts(m: Model, p: Parallel) -> Iterator[str]:
-    if m.first_k_dense_replace > m.num_hidden_layers:
-        yield (
-            f"model.first_k_dense_replace={m.first_k_dense_replace} exceeds "
-            f"num_hidden_layers={m.num_hidden_layers}"
-        )
-    if m.n_routed_experts % p.ep:
-        yield f"ep={p.ep} must divide model.n_routed_experts={m.n_routed_experts}"
-    if m.n_routed_experts % m.n_group:
-        yield f"model.n_group={m.n_group} must divide n_routed_experts={m.n_routed_experts}"
-        return
-    group = m.n_routed_experts // m.n_group
-    if m.topk_group > m.n_group:
-        yield f"model.topk_group={m.topk_group} exceeds n_group={m.n_group}"
-    elif m.num_experts_per_tok > m.topk_group * group:
-        yield (
-            f"model.num_experts_per_tok={m.num_experts_per_tok} exceeds the {m.topk_group * group} "
-            f"experts of topk_group={m.topk_group} groups of {group}"
-        )
-    # With one group nothing is limited; otherwise Megatron scores a group by its top
-    # num_experts_per_tok / topk_group experts, Hugging Face and SGLang by its top 2.
-    if m.n_group > 1 and m.num_experts_per_tok != 2 * m.topk_group:
-        yield (
-            f"model.topk_group={m.topk_group} must be half of "
-            f"num_experts_per_tok={m.num_experts_per_tok}, or learner and engines route differently"
-        )
-    if m.n_group > 1 and group < 2:
-        yield f"model.n_group={m.n_group} leaves {group} expert in a group; the router scores 2"
-
-
-def _positions(m: Model) -> Iterator[str]:
-    if m.qk_rope_head_dim % 2:
-        yield f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs"
-    for name, token in (("eos_token_id", m.eos_token_id), ("bos_token_id", m.bos_token_id)):
-        if token is not None and token >= m.vocab_size:
-            yield f"model.{name}={token} is outside vocab_size={m.vocab_size}"
-    yarn = m.rope_scaling
-    if yarn is None:
-        return
-    reach = int(yarn.factor * yarn.original_max_position_embeddings)
-    if m.max_position_embeddings > reach:
-        yield (
-            f"model.max_position_embeddings={m.max_position_embeddings} exceeds YaRN's reach of "
-            f"{reach} (factor={yarn.factor:g} * "
-            f"original_max_position_embeddings={yarn.original_max_position_embeddings})"
-        )
 
 
 def _precision(config: Config) -> Iterator[str]:

@@ -12,7 +12,8 @@ _AT_LEAST_ONE = """
     parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp
     parallel.layers_in_first_stage parallel.layers_in_last_stage
     model.vocab_size model.hidden_size model.intermediate_size model.moe_intermediate_size
-    model.num_hidden_layers model.num_attention_heads model.q_lora_rank model.kv_lora_rank
+    model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim
+    model.q_lora_rank model.kv_lora_rank
     model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.n_routed_experts
     model.n_shared_experts model.num_experts_per_tok model.n_group model.topk_group
     model.max_position_embeddings model.rope_scaling.factor
@@ -31,7 +32,7 @@ _AT_LEAST_ZERO = """
     model.first_k_dense_replace model.num_nextn_predict_layers model.eos_token_id
     model.bos_token_id model.initializer_range
     learner.lr learner.min_lr learner.warmup_steps learner.weight_decay learner.clip_grad
-    learner.expert_bias_update_rate
+    learner.expert_bias_update_rate learner.mtp_loss_weight
     rollout.later_from_step rollout.max_restarts data.held_out rewards.accuracy rewards.format
     algorithm.clip_low algorithm.clip_high algorithm.kl_coef algorithm.reference_refresh_steps
     stage.eval_every stage.eval_temperature run.sample_rows
@@ -39,7 +40,8 @@ _AT_LEAST_ZERO = """
 """
 
 _ABOVE_ZERO = """
-    model.rms_norm_eps model.rope_theta model.routed_scaling_factor learner.adam_eps
+    model.rms_norm_eps model.rope_theta model.rope_scaling.low_freq_factor
+    model.rope_scaling.high_freq_factor model.routed_scaling_factor learner.adam_eps
     rollout.temperature rollout.request_timeout_s rollout.engine_start_timeout_s
     rollout.engine_silence_timeout_s
     rewards.math_timeout_s algorithm.importance_cap cluster.collective_timeout_s

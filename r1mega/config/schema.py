@@ -32,10 +32,16 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """YaRN (arXiv 2309.00071), named as in DeepSeek-V3's config.json."""
+    """How RoPE reaches further than it was trained, named as in config.json."""
 
+    rope_type: Literal["yarn", "llama3"] = "yarn"
+    """yarn: DeepSeek-V3 (arXiv 2309.00071). llama3: Llama 3.1 and 3.2 (arXiv 2407.21783)."""
     factor: float = 40.0
     original_max_position_embeddings: int = 4096
+    low_freq_factor: float = 1.0
+    """llama3 slows frequencies that turn less often than this in the original length."""
+    high_freq_factor: float = 4.0
+    """llama3 keeps frequencies that turn more often than this in the original length."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
@@ -44,13 +50,17 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """The network, named as in DeepSeek-V3's config.json; where weights and tokenizer come from."""
+    """The network, named as in config.json; where weights and tokenizer come from.
+
+    Keys that ``architecture`` does not have keep their defaults.
+    """
 
     init: str = "random"
     """``random``, a Hugging Face folder, or a checkpoint of ours (a ``step_NNNNNN`` folder)."""
     tokenizer: str = "arithmetic"
     """``arithmetic`` (built in), ``deepseek`` (published), or a folder with tokenizer.json."""
-    architecture: Literal["deepseek_v3"] = "deepseek_v3"
+    architecture: Literal["deepseek_v3", "llama", "qwen2"] = "deepseek_v3"
+    """deepseek_v3: MLA and experts. llama and qwen2: dense, with grouped-query attention."""
     vocab_size: int = 64
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -60,6 +70,12 @@ class Model:
     first_k_dense_replace: int = 1
     """How many leading layers have a dense MLP."""
     num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    """Null: as many as num_attention_heads (llama, qwen2)."""
+    head_dim: int | None = None
+    """Null: hidden_size / num_attention_heads (llama, qwen2)."""
+    attention_bias: bool = False
+    """Biases of all four projections (llama); qwen2 always has those of query, key and value."""
     q_lora_rank: int | None = 32
     kv_lora_rank: int = 16
     qk_nope_head_dim: int = 16
@@ -77,7 +93,7 @@ class Model:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
     num_nextn_predict_layers: int = 0
-    """MTP layers; RL builds without them."""
+    """MTP layers (deepseek_v3); built only where learner.mtp_loss_weight trains them."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     eos_token_id: int = 1
@@ -105,6 +121,9 @@ class Learner:
     """Tokens whose vocabulary row exists at once in the loss."""
     expert_bias_update_rate: float = 0.0
     """Step of the router's loss-free balance (V3 pretraining: 1e-3); 0 freezes the bias."""
+    mtp_loss_weight: float = 0.0
+    """Weight of the MTP layers' loss (V3 pretraining: 0.3, then 0.1); 0 leaves them out. In rl they
+    learn from the policy without moving it."""
     recompute: Literal["none", "selective", "full"] = "none"
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """local: own TE-free modules (CPU, and a reference on CUDA)."""

@@ -4,41 +4,63 @@
 not part of the network. A value that our network does not implement is an error, never ignored.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
+from r1mega.config import network
 from r1mega.config.schema import Model, RopeScaling
 
-# What DeepSeek-V3 fixes: SGLang and transformers read these keys, our network has one value each.
-_FIXED: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "moe_layer_freq": 1,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+# What an architecture fixes: engines read these keys, our network has one value each.
+_FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
+    "llama": {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
+    "qwen2": {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False},
 }
-_ELSEWHERE = {"init", "tokenizer", "architecture", "rope_theta", "rope_scaling"}
-_OPTIONAL = {"num_nextn_predict_layers", "tie_word_embeddings", "bos_token_id", "initializer_range"}
-_SHARED = tuple(field.name for field in fields(Model) if field.name not in _ELSEWHERE)
+_CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+_OPTIONAL = {
+    "num_nextn_predict_layers",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "initializer_range",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_bias",
+}
 
 
 def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
     """The content of config.json, as transformers 5 and SGLang 0.5 both read it."""
-    scaling = None if model.rope_scaling is None else asdict(model.rope_scaling)
-    yarn = None if scaling is None else {"type": "yarn", "rope_type": "yarn", **scaling}
+    values = {name: getattr(model, name) for name in network.KEYS[model.architecture]}
+    if network.is_dense(model):
+        values["head_dim"] = network.head_dim(model)
+    else:
+        values["ep_size"] = 1
+    scaling = _scaling_values(model.rope_scaling)
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        **_FIXED,
-        **{name: getattr(model, name) for name in _SHARED},
-        "num_key_value_heads": model.num_attention_heads,
-        "ep_size": 1,
-        # SGLang and the published checkpoint have the first two keys, transformers 5 the third.
+        "architectures": [_CLASSES[model.architecture]],
+        "model_type": model.architecture,
+        **_FIXED[model.architecture],
+        **values,
+        "num_key_value_heads": network.key_value_heads(model),
+        # SGLang and published checkpoints have the first two keys, transformers 5 the third.
         "rope_theta": model.rope_theta,
-        "rope_scaling": yarn,
-        "rope_parameters": {"rope_theta": model.rope_theta, **(yarn or {"rope_type": "default"})},
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            "rope_theta": model.rope_theta,
+            **(scaling or {"rope_type": "default"}),
+        },
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
@@ -46,39 +68,61 @@ def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
 
 
 def model_from_hf(values: dict[str, Any]) -> Model:
-    """The network described by a config.json of DeepSeek-V3's form."""
-    for key, expected in _FIXED.items():
+    """The network described by a config.json of one of the implemented architectures."""
+    architecture = values.get("model_type")
+    if architecture not in network.KEYS:
+        raise ValueError(
+            f"config.json has model_type={architecture!r}; implemented are "
+            f"{', '.join(network.KEYS)}"
+        )
+    for key, expected in _FIXED[architecture].items():
         if values.get(key, expected) != expected:
             raise ValueError(
                 f"config.json has {key}={values[key]!r}, but only {key}={expected!r} is "
-                "implemented: use a model of DeepSeek-V3's form"
+                f"implemented for {architecture}"
             )
-    required = {"model_type", *_SHARED} - _OPTIONAL
-    missing = sorted(required - values.keys())
-    if missing:
+    keys = network.KEYS[architecture]
+    if missing := sorted(set(keys) - _OPTIONAL - values.keys()):
         raise ValueError(
-            f"config.json lacks {', '.join(missing)}: it is not that of a DeepSeek-V3 model"
+            f"config.json lacks {', '.join(missing)}: it is not that of a {architecture} model"
+        )
+    if not isinstance(values["eos_token_id"], int):
+        raise ValueError(
+            f"config.json has eos_token_id={values['eos_token_id']!r}: keep the one that ends a "
+            "response"
         )
     rope = values.get("rope_parameters") or {}
     theta = values.get("rope_theta", rope.get("rope_theta", Model().rope_theta))
+    chosen = {name: values[name] for name in keys if name in values}
+    if chosen.get("head_dim") == values["hidden_size"] // values["num_attention_heads"]:
+        del chosen["head_dim"]  # transformers writes it even where it is the quotient
     return Model(
-        **{name: values[name] for name in _SHARED if name in values},
+        **chosen,
+        architecture=architecture,
         rope_theta=float(theta),
-        rope_scaling=_rope_scaling(values.get("rope_scaling") or rope),
+        rope_scaling=_rope_scaling(architecture, values.get("rope_scaling") or rope),
     )
 
 
-def _rope_scaling(values: dict[str, Any]) -> RopeScaling | None:
+def _scaling_values(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    kind = scaling.rope_type
+    numbers = {name: getattr(scaling, name) for name in network.ROPE_KEYS[kind]}
+    return {"type": kind, "rope_type": kind, **numbers}
+
+
+def _rope_scaling(architecture: str, values: dict[str, Any]) -> RopeScaling | None:
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(
-            f"config.json has rope type {kind!r}; implemented are 'yarn' and 'default'"
-        )
+    kinds = network.ROPE_TYPES[architecture]
+    if kind not in kinds:
+        implemented = " and ".join(repr(k) for k in (*kinds, "default"))
+        raise ValueError(f"config.json has rope type {kind!r}; implemented are {implemented}")
     numbers: dict[str, Any] = {
         field.name: (int if field.type is int else float)(values[field.name])
         for field in fields(RopeScaling)
-        if field.name in values
+        if field.name in network.ROPE_KEYS[kind] and field.name in values
     }
-    return RopeScaling(**numbers)
+    return RopeScaling(rope_type=kind, **numbers)

@@ -31,16 +31,23 @@ class LocalWeights:
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
     owners: Owners  # half a second of arithmetic at 671B: done once
 
-    def region(self, piece: ParameterSlice) -> Tensor:
-        """The live view of one slice; writing to it writes the parameter."""
+    def blocks(self, piece: ParameterSlice) -> Tensor:
+        """The live view [blocks, rows of each, ...] of one slice: writing to it writes the
+        parameter."""
         view = self.tensors[piece.chunk][piece.megatron_name].detach()
-        return view[tuple(slice(start, stop) for start, stop in piece.target)]
+        target = tuple(slice(start, stop) for start, stop in piece.target)
+        return view.unflatten(0, (piece.blocks, -1))[:, *target]
+
+    def region(self, piece: ParameterSlice) -> Tensor:
+        """``hf_name[region]``: a live view of a single block, a copy of several."""
+        return self.blocks(piece).flatten(0, 1)
 
     @torch.no_grad()
     def fill(self, read: ReadRegion) -> None:
         """Set every parameter from its region of the Hugging Face tensor."""
         for piece in self.slices:
-            self.region(piece).copy_(read(piece.hf_name, piece.hf_shape, piece.region))
+            values = read(piece.hf_name, piece.hf_shape, piece.region)
+            self.blocks(piece).copy_(values.unflatten(0, (piece.blocks, -1)))
 
     def copy_to_host(self) -> list[Tensor]:
         """A private host copy of all live tensors, for ``swap``."""
@@ -82,20 +89,20 @@ def local_weights(
         rank=rank,
         slices=tuple(slices),
         tensors=tensors,
-        owners=region_owners(model, layout),
+        owners=region_owners(model, layout, spec),
     )
 
 
 def random_region(seed: int, std: float) -> ReadRegion:
     """Weights drawn per tensor name: the same network under every layout.
 
-    Norms are one, the expert bias zero, the rest normal(0, std).
+    Norms are one, biases zero, the rest normal(0, std).
     """
 
     def read(name: str, shape: tuple[int, ...], region: Region) -> Tensor:
         if name.endswith("norm.weight"):
             whole = torch.ones(shape)
-        elif name.endswith("e_score_correction_bias"):
+        elif name.endswith("bias"):
             whole = torch.zeros(shape)
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -154,11 +161,11 @@ def hf_tensors(
         yield name, whole
 
 
-def region_owners(model: schema.Model, layout: Layout) -> Owners:
+def region_owners(model: schema.Model, layout: Layout, spec: Spec) -> Owners:
     """Every Hugging Face tensor: its shape, its distinct regions and the lowest rank of each."""
     table: Owners = {}
     for rank in range(layout.world):
-        for piece in parameter_slices(model, layout, rank):
+        for piece in parameter_slices(model, layout, rank, spec):
             _, owners = table.setdefault(piece.hf_name, (piece.hf_shape, {}))
             owners.setdefault(piece.region, rank)
     return table

@@ -29,7 +29,37 @@ SINGLE = {
     "cluster.learner_processes_per_node=2 parallel.cp=2": (
         "parallel.cp=2: context parallelism is not built yet; use cp=1"
     ),
-    "model.tie_word_embeddings=true": "model.tie_word_embeddings=true: DeepSeek-V3 has a head",
+    "model.num_key_value_heads=2": (
+        "model.num_key_value_heads=2: architecture deepseek_v3 has no num_key_value_heads; unset it"
+    ),
+    "LLAMA model.kv_lora_rank=32": (
+        "model.kv_lora_rank=32: architecture llama has no kv_lora_rank; unset it"
+    ),
+    "model.architecture=qwen2 model.attention_bias=true": (
+        "model.attention_bias=True: architecture qwen2 has no attention_bias; unset it"
+    ),
+    "LLAMA model.rope_scaling.factor=8": (
+        "model.rope_scaling.rope_type=yarn is not implemented for llama, only llama3; unset"
+    ),
+    "LLAMA model.rope_scaling.rope_type=llama3 model.rope_scaling.beta_fast=8": (
+        "model.rope_scaling.beta_fast: llama3 has no such key; unset it"
+    ),
+    "LLAMA model.rope_scaling.rope_type=llama3 model.rope_scaling.high_freq_factor=1": (
+        "model.rope_scaling.high_freq_factor=1 must be above low_freq_factor=1"
+    ),
+    "LLAMA model.num_attention_heads=6": "model.num_attention_heads=6 must divide hidden_size=64",
+    "LLAMA model.num_key_value_heads=3": (
+        "model.num_key_value_heads=3 must divide num_attention_heads=4"
+    ),
+    "LLAMA model.head_dim=7": "a head of 7 channels must be even",
+    "LLAMA TP2 model.num_attention_heads=18 model.num_key_value_heads=3 model.head_dim=4": (
+        "tp=2 must divide model.num_key_value_heads=3, or be a multiple of it that divides num_atte"
+    ),
+    "LLAMA TP2 parallel.ep=2": "parallel.ep=2 has no meaning for llama; unset it",
+    "LLAMA learner.mtp_loss_weight=0.3": "learner.mtp_loss_weight=0.3 has no meaning for llama",
+    "learner.mtp_loss_weight=0.3": (
+        "learner.mtp_loss_weight=0.3 needs MTP layers, but model.num_nextn_predict_layers=0"
+    ),
     "learner.dispatcher=allgather": "learner.dispatcher=allgather needs microbatches of equal",
     "parallel.ep=2": "ep=2 * etp=1 = 2 must divide the 1 ranks of a pipeline stage",
     "cluster.learner_processes_per_node=4 parallel.etp=2 parallel.ep=4": (
@@ -166,6 +196,7 @@ SHORTHANDS = {
     "CUDA": CUDA,
     "GPU": [*CUDA, "cluster.gpus_per_engine=1"],
     "NET": ["cluster.host=10.0.0.1"],
+    "LLAMA": ["model.architecture=llama"],
 }
 
 

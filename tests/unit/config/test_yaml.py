@@ -16,12 +16,14 @@ R1_ZERO = "configs/stage/r1_zero.yaml"
 V3 = "configs/model/deepseek_v3.yaml"
 TINY = "configs/model/tiny_moe.yaml"
 H100 = "configs/cluster/h100x256.yaml"
+DENSE = ("tiny_qwen2", "qwen2_5_math_1_5b", "qwen2_5_math_7b", "llama_3_1_8b")
 
 # What each file is laid on: a model or a cluster alone is not a run.
 LAYERS = {
     R1_ZERO: [R1_ZERO, TINY],
     V3: [V3, R1_ZERO],
     TINY: [TINY],
+    **{(file := f"configs/model/{name}.yaml"): [file] for name in DENSE},
     H100: [R1_ZERO, V3, H100],
     "configs/cluster/cpu.yaml": ["configs/cluster/cpu.yaml"],
     "configs/cluster/smoke_8gpu.yaml": [R1_ZERO, TINY, "configs/cluster/smoke_8gpu.yaml"],
@@ -66,10 +68,12 @@ def test_deepseek_v3_is_the_published_network() -> None:
     published = json.loads(published_file.read_text())
     model = asdict(_load(V3, R1_ZERO).model)
     scaling = model.pop("rope_scaling")
-    shared = model.keys() & published.keys()
+    shared = {key for key, value in model.items() if value is not None} & published.keys()
     assert len(shared) >= 25
     assert {key: model[key] for key in shared} == {key: published[key] for key in shared}
-    assert scaling.items() <= published["rope_scaling"].items()
+    theirs = published["rope_scaling"]
+    assert {key: scaling[key] for key in theirs if key in scaling}.items() <= theirs.items()
+    assert scaling["rope_type"] == theirs["type"]
 
 
 def test_the_smoke_trains_the_network_and_the_checkpoint_of_its_base() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.config.flops import crossover_tokens
-from r1mega.learner.microbatch import Microbatch, make_microbatch
+from r1mega.learner.microbatch import Microbatch, common_tokens, make_microbatch
 from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
 from r1mega.learner.packing import Partition, pack
 from r1mega.learner.pipeline import Loss, LossOutput, run_pipeline
@@ -111,11 +111,25 @@ class Learner:
 
     def microbatches(self, batch: Batch, partition: Partition) -> list[Microbatch]:
         """This rank's part of the batch."""
+        layout, place = self.groups.layout, self.groups.place
         # Sequence parallelism cuts T over tp; fp8 GEMMs want 16 rows of it at least.
-        multiple = self.groups.layout.tp * (1 if self.settings.fp8 == "none" else 16)
+        multiple = layout.tp * (1 if self.settings.fp8 == "none" else 16)
+        parts = partition.parts[place["dp"]]
+        least = [0] * len(parts)
+        if self.settings.dispatcher == "allgather":
+            peers = [partition.parts[dp_rank] for dp_rank in layout.expert_peers(self.groups.rank)]
+            least = common_tokens(batch.sequences, peers, cp=layout.cp, multiple=multiple)
         return [
-            make_microbatch(batch.sequences, part, multiple=multiple, device=self.backend.device)
-            for part in partition.parts[self.groups.place["dp"]]
+            make_microbatch(
+                batch.sequences,
+                part,
+                multiple=multiple,
+                device=self.backend.device,
+                cp=layout.cp,
+                cp_rank=place["cp"],
+                least_tokens=tokens,
+            )
+            for part, tokens in zip(parts, least, strict=True)
         ]
 
     def _run(self, microbatches: list[Microbatch], loss: Loss | None) -> list[Any]:

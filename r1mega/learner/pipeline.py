@@ -62,9 +62,10 @@ def run_pipeline(
             tokens_T=microbatch.tokens_T,
             positions_T=microbatch.positions_T,
             packed=microbatch.packed,
-            num_padding=microbatch.num_padding,
-            rows_R=microbatch.rows_R,
-            targets_R=microbatch.targets_R,
+            rows_L=microbatch.rows_L,
+            targets_L=microbatch.targets_L,
+            places_L=microbatch.places_L,
+            num_rows=len(microbatch.weight_R),
             temperature=temperature,
             chunk_tokens=chunk_tokens,
         )

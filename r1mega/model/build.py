@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.model import local_spec
+from r1mega.model.routing import Packing, guide_routers, moe_layers
 from r1mega.model.transformer_config import BuildOptions, transformer_config
+from r1mega.parallel.context import gather_rows
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.logprobs import vocab_parallel_logprobs
 
@@ -26,31 +27,24 @@ from r1mega.parallel.logprobs import vocab_parallel_logprobs
 class PolicyModel(GPTModel):
     """One pipeline chunk of the policy."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._num_padding = 0
-        for module in self.modules():
-            if getattr(module, "expert_bias", None) is not None:
-                module.register_forward_hook(self._uncount_padding)
-
     def forward(
         self,
         *,
         tokens_T: Tensor,
         positions_T: Tensor,
-        packed: PackedSeqParams,
-        num_padding: int,
-        rows_R: Tensor,
-        targets_R: Tensor,
+        packed: Packing,
+        rows_L: Tensor,
+        targets_L: Tensor,
+        places_L: Tensor,
+        num_rows: int,
         temperature: float,
         chunk_tokens: int,
     ) -> Tensor:
         """Hidden states [T, 1, H]; on the last stage log-probs and entropies, stacked [2, R].
 
-        ``rows_R`` are the packed positions whose next token is ``targets_R``; the last
-        ``num_padding`` tokens only round T up for sequence parallelism.
+        ``rows_L`` are the tokens of this context-parallel rank whose next one is ``targets_L``, a
+        part of the R targets of the microbatch: their ``places_L`` among ``num_rows``.
         """
-        self._num_padding = num_padding
         hidden = super().forward(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
@@ -63,32 +57,20 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        logprobs_R, entropies_R = vocab_parallel_logprobs(
-            hidden[:, 0].index_select(0, rows_R),
+        logprobs_L, entropies_L = vocab_parallel_logprobs(
+            hidden[:, 0].index_select(0, rows_L),
             self.output_layer.weight,
-            targets_R,
+            targets_L,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
             group=self.pg_collection.tp,
         )
-        return torch.stack([logprobs_R, entropies_R])
+        rows_2L = torch.stack([logprobs_L, entropies_L])
+        return gather_rows(rows_2L, places_L, num_rows, self.pg_collection.cp)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Upstream makes logits here; we hand out the hidden states."""
         return hidden_states
-
-    def _uncount_padding(self, router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Take padding out of the expert load that moves expert_bias.
-
-        megatron-core 0.16.1 accepts a padding mask, but with expert_bias it fails to broadcast.
-        """
-        if not torch.is_grad_enabled():
-            return
-        routing_map_TE = output[1]  # this rank's shard of the sequence
-        group = self.pg_collection.tp
-        num_real = len(routing_map_TE) * group.size() - self._num_padding
-        first_padding = max(0, num_real - len(routing_map_TE) * group.rank())
-        router.local_tokens_per_expert -= routing_map_TE[first_padding:].sum(dim=0)
 
 
 def build_model(
@@ -105,6 +87,7 @@ def build_model(
     # Frees a stage's output as soon as its send has begun. NCCL orders that on a stream; gloo reads
     # the memory later, and the interleaved schedule then trained on garbage in one step of ten.
     config.deallocate_pipeline_outputs = device.type == "cuda"
+    layers = moe_layers(model, layout, groups.place["pp"])
     chunks: list[torch.nn.Module] = []
     num_chunks = layout.vpp or 1
     for chunk in range(num_chunks):
@@ -122,6 +105,7 @@ def build_model(
             vp_stage=vp_stage,
         ).to(device)
         _mark_experts(policy)
+        guide_routers(policy, layers, groups.tp)
         chunks.append(_in_bf16(config, policy) if options.precision == "bf16" else policy)
     return config, chunks
 

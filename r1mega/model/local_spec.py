@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+from r1mega.parallel.context import zigzag_rows
 
 
 class RMSNorm(torch.nn.Module):
@@ -32,14 +35,18 @@ class RMSNorm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention for MLA head sizes on packed sequences.
+    """Causal attention for MLA head sizes on packed sequences, cut over context-parallel ranks.
 
-    Stock DotProductAttention has neither separate key and value sizes nor packing.
+    Stock DotProductAttention has neither separate key and value sizes nor packing. Keys and values
+    are gathered over cp, and the sums of their gradients scattered back; queries stay.
     """
 
-    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, *, pg_collection: Any, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -52,35 +59,44 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Packed [T, N, D] tensors and their boundaries to [T, 1, N * D_value]."""
         assert packed_seq_params is not None, "the learner always packs"
-        num_tokens = query.shape[0]
-        rows, width = _padded_rows(packed_seq_params)
-        # Right padding behind a causal mask: no real token sees a padded one.
+        starts, width = packed_seq_params.cu_seqlens_q.long(), int(packed_seq_params.max_seqlen_q)
+        cp = self.cp_group.size()
+        own = places = _places(starts, width)
+        mask = None
+        if cp > 1:
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+            held = [zigzag_rows(starts, cp, rank) for rank in range(cp)]
+            positions_T = places[held[self.cp_group.rank()]] % width
+            places = places[torch.cat(held)]
+            own = _places(starts // cp, width // cp)
+            mask = _table(positions_T, own, starts, width // cp)[:, None, :, None] >= torch.arange(
+                width, device=starts.device
+            )
+        # Padding is behind the sequences and the mask causal: no real token sees a padded one.
         out_BNSD = functional.scaled_dot_product_attention(
-            _pad(query, rows, width),
-            _pad(key, rows, width),
-            _pad(value, rows, width),
-            is_causal=True,
+            _table(query, own, starts, width // cp).transpose(1, 2),
+            _table(key, places, starts, width).transpose(1, 2),
+            _table(value, places, starts, width).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.scale,
         )
-        out = out_BNSD.transpose(1, 2).flatten(0, 1)[rows]
-        return out.reshape(num_tokens, 1, -1)
+        return out_BNSD.transpose(1, 2).flatten(0, 1)[own].reshape(len(query), 1, -1)
 
 
-def _padded_rows(packed: PackedSeqParams) -> tuple[Tensor, int]:
-    """Row of every packed token in a [batch * longest] table, and the longest length."""
-    starts = packed.cu_seqlens_q.long()
+def _places(starts: Tensor, width: int) -> Tensor:
+    """Where each packed token stands in a [sequences * width] table."""
     lengths = starts.diff()
-    width = int(packed.max_seqlen_q)
     shifts = torch.arange(len(lengths), device=starts.device) * width - starts[:-1]
-    rows = torch.arange(int(starts[-1]), device=starts.device) + shifts.repeat_interleave(lengths)
-    return rows, width
+    return torch.arange(int(starts[-1]), device=starts.device) + shifts.repeat_interleave(lengths)
 
 
-def _pad(x: Tensor, rows: Tensor, width: int) -> Tensor:
-    """[T, N, D] to [B, N, width, D] with zeros behind each sequence."""
-    batch = int(rows[-1]) // width + 1
-    table = x.new_zeros(batch * width, *x.shape[1:]).index_copy(0, rows, x)
-    return table.unflatten(0, (batch, width)).transpose(1, 2)
+def _table(values_T: Tensor, places_T: Tensor, starts: Tensor, width: int) -> Tensor:
+    """Packed [T, ...] to [sequences, width, ...] with zeros behind each sequence."""
+    batch = len(starts) - 1
+    table = values_T.new_zeros(batch * width, *values_T.shape[1:])
+    return table.index_copy(0, places_T, values_T).unflatten(0, (batch, width))
 
 
 def decoder_spec(config: MLATransformerConfig, vp_stage: int | None) -> Any:

@@ -32,8 +32,8 @@ class Groups:
 
     @property
     def reports_losses(self) -> bool:
-        """One rank of each replica: the tensor-parallel ranks of the last stage hold the same."""
-        return self.is_last_stage and self.place["tp"] == 0
+        """One rank of each replica: on the last stage tp and cp ranks hold the same losses."""
+        return self.is_last_stage and self.place["tp"] == self.place["cp"] == 0
 
     @property
     def is_dp_leader(self) -> bool:

@@ -90,6 +90,11 @@ class Layout:
             num_layers, self.pp, self.vpp, self.layers_in_first_stage, self.layers_in_last_stage
         )
 
+    def expert_peers(self, rank: int) -> list[int]:
+        """The dp ranks of all that exchange tokens with ``rank``: its experts' (etp, ep) group."""
+        (peers,) = [group for group in self.groups("etp", "ep") if rank in group]
+        return sorted({self.coordinates(peer)["dp"] for peer in peers})
+
     def dp_leader(self, dp_rank: int) -> int:
         """The rank that speaks to the fleet for a data-parallel replica."""
         return self.rank(tp=0, cp=0, dp=dp_rank, pp=0)

@@ -4,7 +4,7 @@ With p stages the microbatches of a rank take sum(cost) + (p - 1) * max(cost) un
 chunks divide the second term by v: Megatron-LM, arXiv 2104.04473, section 2.2), and a step takes as
 long as its slowest rank. So sequences are spread over ranks first and over the microbatches of each
 rank then, both times by the same placement: longest first onto the least loaded, then exchanges
-with the most loaded until none helps.
+with the most loaded until none helps. A pipeline is filled and drained with cheap microbatches.
 
 Invariants (asserted by the tests): every sequence lands in exactly one microbatch; no microbatch
 exceeds the token budget unless it holds a single sequence; every data-parallel rank gets the same
@@ -27,7 +27,7 @@ _NEVER = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """Indices of sequences: ``parts[dp_rank][microbatch]``, the costliest microbatch first."""
+    """Indices of sequences: ``parts[dp_rank][microbatch]``."""
 
     parts: list[list[list[int]]]
     balance: float  # cost of the most loaded rank over the mean: 1 is perfect, 1.1 wastes a tenth
@@ -51,10 +51,7 @@ def pack(
     pp: int = 1,
     vpp: int | None = None,
 ) -> Partition:
-    """Spread sequences of ``lengths`` tokens over ``dp`` ranks and their microbatches.
-
-    Ranks that share experts wait for each other in every microbatch, hence costliest first.
-    """
+    """Spread sequences of ``lengths`` tokens over ``dp`` ranks and their microbatches."""
     costs = np.array([sequence_cost(n, crossover_tokens) for n in lengths], dtype=np.int64)
     # A sequence beyond the budget fills a microbatch alone.
     sizes = np.array([min(n, tokens_per_microbatch) for n in lengths], dtype=np.int64)
@@ -67,7 +64,8 @@ def pack(
         bubble=(pp - 1) / (vpp or 1),
         overhead=IDLE_TOKENS * crossover_tokens,
     )
-    while (parts := _place(costs, sizes, dp, count, tokens_per_microbatch)) is None:
+    budget, pipelined = tokens_per_microbatch, pp > 1
+    while (parts := _place(costs, sizes, dp, count, budget, pipelined=pipelined)) is None:
         count += step
     loads = [sum(int(costs[b].sum()) for b in part) for part in parts]
     return Partition(parts=parts, balance=max(loads) * dp / max(1, sum(loads)))
@@ -80,7 +78,7 @@ def _best_count(costs: Integers, counts: range, *, dp: int, bubble: float, overh
 
 
 def _place(
-    costs: Integers, sizes: Integers, dp: int, count: int, budget: int
+    costs: Integers, sizes: Integers, dp: int, count: int, budget: int, *, pipelined: bool
 ) -> list[list[list[int]]] | None:
     """``count`` microbatches for each of ``dp`` ranks, or None when the budget is too tight."""
     at_least = count if len(costs) >= dp * count else 0
@@ -92,9 +90,25 @@ def _place(
         bins = spread(costs[rank], sizes[rank], count, capacity=budget)
         if bins is None:
             return None
-        bins.sort(key=lambda b: -int(costs[rank][b].sum()))
-        parts.append([sorted(int(rank[i]) for i in b) for b in bins])
+        if pipelined:
+            bins = _fill_up(costs[rank], sizes[rank], bins, budget)
+        parts.append([[int(rank[i]) for i in b] for b in bins])
     return parts
+
+
+def _fill_up(costs: Integers, sizes: Integers, bins: list[Integers], budget: int) -> list[Integers]:
+    """The same items in as many bins, none costlier than before, the cheapest at both ends.
+
+    What makes some microbatch costly is often one sequence. Bins filled up to its cost leave cheap
+    ones over, with which a pipeline fills and drains.
+    """
+    ceiling = max(int(costs[b].sum()) for b in bins)
+    at_least = min(len(b) for b in bins)
+    bin_of = _longest_first(costs, sizes, len(bins), budget, min(at_least, 1), ceiling=ceiling)
+    if bin_of is not None:
+        bins = [np.flatnonzero(bin_of == number) for number in range(len(bins))]
+    bins = sorted(bins, key=lambda b: int(costs[b].sum()))
+    return bins[::2] + bins[1::2][::-1]
 
 
 def spread(
@@ -122,18 +136,27 @@ def spread(
 
 
 def _longest_first(
-    costs: Integers, sizes: Integers, bins: int, capacity: int, at_least: int
+    costs: Integers,
+    sizes: Integers,
+    bins: int,
+    capacity: int,
+    at_least: int,
+    ceiling: int | None = None,
 ) -> Integers | None:
+    """Bin of every item: the cheapest there is, or the costliest it leaves within ``ceiling``."""
     bin_of = np.zeros(len(costs), dtype=np.int64)
     loads, fill, held = (np.zeros(bins, dtype=np.int64) for _ in range(3))
     for placed, item in enumerate(np.argsort(-costs, kind="stable")):
         usable = fill + sizes[item] <= capacity
+        if ceiling is not None:
+            usable &= loads + costs[item] <= ceiling
         missing = np.maximum(at_least - held, 0)
         if missing.sum() == len(costs) - placed:
             usable &= missing > 0
         if not usable.any():
             return None
-        chosen = bin_of[item] = np.where(usable, loads, _NEVER).argmin()
+        wanted = loads if ceiling is None else -loads
+        chosen = bin_of[item] = np.where(usable, wanted, _NEVER).argmin()
         loads[chosen] += costs[item]
         fill[chosen] += sizes[item]
         held[chosen] += 1

@@ -73,6 +73,13 @@ def test_a_sequence_above_the_budget_travels_alone() -> None:
     assert packing.parts == [[[0], [1, 2, 3]]]
 
 
+def test_a_pipeline_fills_and_drains_with_cheap_microbatches() -> None:
+    # One sequence of 60 sets the costliest microbatch: the others are filled up to it.
+    lengths = [60] + [20] * 8
+    packing = pack(lengths, dp=1, tokens_per_microbatch=60, crossover_tokens=10**9, pp=4)
+    assert [sum(lengths[i] for i in b) for b in packing.parts[0]] == [40, 60, 60, 60]
+
+
 def test_more_microbatches_only_where_a_pipeline_waits() -> None:
     lengths = [4_000] * 64
 

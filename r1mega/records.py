@@ -49,6 +49,11 @@ class Routers:
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
 
+    @property
+    def id_dtype(self) -> Literal["uint8", "int16"]:
+        """The smallest one that holds an expert id."""
+        return "uint8" if self.num_experts <= 256 else "int16"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -71,9 +76,7 @@ class RoutedExperts:
     these stay on the rank that drew the sample until the learner knows which ranks train it.
     """
 
-    num_layers: int
-    topk: int
-    dtype: Literal["uint8", "int16"]  # uint8 up to 256 experts; little-endian
+    dtype: Literal["uint8", "int16"]  # little-endian
     ids: bytes
 
 

@@ -35,10 +35,10 @@ def train(
     ``learning_rates(i)`` is the rate of the rollout's i-th step; ``reference`` a host copy of the
     reference policy's weights, or None without a KL term.
     """
-    sequences = training_sequences(groups, algorithm)
+    rollout = Batch(training_sequences(groups, algorithm), algorithm.replay_routing)
     with watch.phase("time/logprobs_s"):
         # A single step is the first after sampling: its ratio is 1 and needs no frozen log-probs.
-        sequences = _frozen(sequences, learner, reference, freeze_policy=num_steps > 1)
+        rollout = _frozen(rollout, learner, reference, freeze_policy=num_steps > 1)
     loss = ClippedSurrogate(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
@@ -46,7 +46,7 @@ def train(
         ratio=algorithm.ratio,
         importance_cap=algorithm.importance_cap,
     )
-    for i, batch in enumerate(split(sequences, num_steps, algorithm.normalize, seed)):
+    for i, batch in enumerate(split(rollout, num_steps, algorithm.normalize, seed)):
         with watch.phase("time/update_s"):
             metrics = learner.update(batch, loss, lr=learning_rates(i))
         yield metrics
@@ -76,26 +76,24 @@ def training_sequences(groups: list[Group], algorithm: Algorithm) -> tuple[Seque
                     start=len(group.prompt.token_ids),
                     advantage=advantage,
                     sampler_logprobs=sample.sampler_logprobs,
+                    routed_experts=sample.routed_experts,
                 )
             )
     return tuple(sequences)
 
 
-def split(
-    sequences: tuple[Sequence, ...], num_batches: int, normalize: str, seed: str
-) -> list[Batch]:
+def split(rollout: Batch, num_batches: int, normalize: str, seed: str) -> list[Batch]:
     """A seeded random split into batches whose sizes differ by one at most, weights filled in."""
-    order = list(range(len(sequences)))
+    order = list(range(len(rollout.sequences)))
     if num_batches > 1:
         random.Random(seed).shuffle(order)
     batches = []
     for i in range(num_batches):
         chosen = sorted(order[len(order) * i // num_batches : len(order) * (i + 1) // num_batches])
-        part = [sequences[j] for j in chosen]
+        part = [rollout.sequences[j] for j in chosen]
         weights = token_weights([s.num_targets for s in part], normalize)
-        batches.append(
-            Batch(tuple(replace(s, weight=w) for s, w in zip(part, weights, strict=True)))
-        )
+        weighted = tuple(replace(s, weight=w) for s, w in zip(part, weights, strict=True))
+        batches.append(replace(rollout, sequences=weighted))
     return batches
 
 
@@ -114,19 +112,16 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def _frozen(
-    sequences: tuple[Sequence, ...],
-    learner: Learner,
-    reference: list[Tensor] | None,
-    *,
-    freeze_policy: bool,
-) -> tuple[Sequence, ...]:
-    """The sequences with policy and reference log-probs, as far as the loss needs them."""
+    batch: Batch, learner: Learner, reference: list[Tensor] | None, *, freeze_policy: bool
+) -> Batch:
+    """The batch with policy and reference log-probs, as far as the loss needs them."""
+    sequences = batch.sequences
     if freeze_policy:
-        rows = learner.logprobs(Batch(sequences))
+        rows = learner.logprobs(batch)
         pairs = zip(sequences, rows, strict=True)
         sequences = tuple(replace(s, policy_logprobs=row) for s, row in pairs)
     if reference is not None:
-        rows = learner.reference_logprobs(Batch(sequences), reference)
+        rows = learner.reference_logprobs(batch, reference)
         pairs = zip(sequences, rows, strict=True)
         sequences = tuple(replace(s, reference_logprobs=row) for s, row in pairs)
-    return sequences
+    return replace(batch, sequences=sequences)

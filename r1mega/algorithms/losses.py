@@ -3,6 +3,7 @@
 Shapes: R target rows of a microbatch (all targets of all its sequences, in order).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from r1mega.learner.microbatch import Microbatch
 from r1mega.learner.pipeline import LossOutput
 
+BAND = math.log(2)  # policy / sampler outside [1/2, 2]: more than rounding
 MAX_LOG_RATIO = 20.0  # exp(20): a sequence-level ratio beyond it says nothing a clip would not
 
 
@@ -52,21 +54,27 @@ class ClippedSurrogate:
         gain_R = torch.minimum(unclipped_gain_R, clipped_R * batch.advantage_R)
         is_clipped_R = gain_R < unclipped_gain_R
         mismatch_R = policy_R - batch.sampler_logprobs_R
+        weight_R = batch.weight_R
+        sums = {
+            "mismatch/kl": (weight_R * k3(batch.sampler_logprobs_R, policy_R)).sum(),
+            "mismatch/outside_band": (weight_R * (mismatch_R.abs() > BAND)).sum(),
+        }
         if self.importance_cap is not None:
-            gain_R = gain_R * mismatch_R.exp().clamp(max=self.importance_cap)
+            importance_R = mismatch_R.exp()
+            gain_R = gain_R * importance_R.clamp(max=self.importance_cap)
+            sums["mismatch/capped"] = (weight_R * (importance_R > self.importance_cap)).sum()
         kl_R = torch.zeros_like(logprobs_R)
         if len(batch.reference_logprobs_R):
             kl_R = k3(logprobs_R, batch.reference_logprobs_R)
-        weight_R = batch.weight_R
         rho_R = rho_R.detach()
         return LossOutput(
             loss=-(weight_R * (gain_R - self.kl_coef * kl_R)).sum(),
-            sums={
+            sums=sums
+            | {
                 "policy/entropy": (weight_R * entropies_R).sum(),
                 "policy/kl": (weight_R * kl_R.detach()).sum(),
                 "policy/ratio_mean": (weight_R * rho_R).sum(),
                 "policy/clip_fraction": (weight_R * is_clipped_R).sum(),
-                "mismatch/kl": (weight_R * k3(batch.sampler_logprobs_R, policy_R)).sum(),
             },
             maxima={"policy/ratio_max": _max(rho_R), "mismatch/max": _max(mismatch_R.abs())},
         )

@@ -1,13 +1,14 @@
 """Prompts to scored groups, over all data-parallel leaders together.
 
 Every leader draws and scores its share of the samples; a group may straddle leaders. Afterwards all
-ranks hold all groups, in request order, however many leaders there were.
+ranks hold all groups, in request order, however many leaders there were; only the routed experts of
+a sample are on the leader that drew it alone.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -66,7 +67,9 @@ class Drawer:
         ]
         mine = self._draw_share(requests, sampling)
         wait_for_all(f"draw {next(self.calls)}")  # a rollout may outlast a collective's timeout
-        shares = gather_records(mine, Share, group=self.groups.world, device=self.device)
+        sent = replace(mine, samples=[replace(s, routed_experts=None) for s in mine.samples])
+        shares = gather_records(sent, Share, group=self.groups.world, device=self.device)
+        shares[self.groups.rank] = mine  # expert ids stay where they were drawn: they are large
         if errors := [share.error for share in shares if share.error]:
             raise SamplingFailed(errors[0])
         samples = [sample for share in shares for sample in share.samples]

@@ -60,6 +60,8 @@ def engine_argv(config: Config, *, model_path: Path, port: int) -> list[str]:
         "--context-length",
         str(rollout.context_tokens),
     ]
+    if config.algorithm.replay_routing:
+        common.append("--enable-return-routed-experts")
     if rollout.engine == "embedded":
         timeout = ["--dist-timeout", str(config.cluster.collective_timeout_s)]
         return [sys.executable, "-m", "r1mega.rollout.engine", *common, *timeout]

@@ -132,7 +132,8 @@ class Learner:
     fp8: Literal["none", "blockwise"] = "none"
     overlap_grad_reduce: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further MLATransformerConfig fields, checked against megatron-core's own dataclass."""
+    """Further fields of Megatron's TransformerConfig (deepseek_v3: MLATransformerConfig), checked
+    against megatron-core's own dataclass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +230,8 @@ class Algorithm:
     """Replace the reference by the policy every so many steps; 0 never."""
     importance_cap: float | None = None
     """Truncated importance sampling of policy / sampler probability at this cap; off when null."""
+    replay_routing: bool = False
+    """Train with the experts that the engine chose for each token (R3, arXiv 2510.11370)."""
     drop_uniform_groups: bool = False
     """Leave out groups whose raw accuracy is all 0 or all 1 (dynamic sampling)."""
     mask_overlong: bool = False

@@ -6,8 +6,8 @@ layout or on how sequences are packed, because the loss is a sum of globally wei
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from r1mega.learner.microbatch import Microbatch, common_tokens, make_microbatch
 from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
 from r1mega.learner.packing import Partition, pack
 from r1mega.learner.pipeline import Loss, LossOutput, run_pipeline
+from r1mega.learner.routed_experts import fetch_expert_ids
 from r1mega.model.build import build_model
+from r1mega.model.routing import routers
 from r1mega.model.transformer_config import BuildOptions
 from r1mega.parallel.backend import Backend
 from r1mega.parallel.collectives import gather_records
@@ -54,8 +56,9 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         partition = self.pack(batch)
-        outputs = self._run(self.microbatches(batch, partition), loss)
-        metrics = self._reduce(outputs)
+        microbatches = self.microbatches(batch, partition)
+        outputs = self._run(microbatches, loss)
+        metrics = self._reduce(outputs, self._rerouted(batch, microbatches))
         _check_finite("loss", metrics["loss"])  # before any weight changes
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
         _check_finite("gradient norm", grad_norm)
@@ -86,10 +89,13 @@ class Learner:
         return [tuple(part.tolist()) for part in table.split(counts)]
 
     def reference_logprobs(self, batch: Batch, reference: list[Tensor]) -> list[tuple[float, ...]]:
-        """As ``logprobs`` under the weights of ``reference``, a host copy that is swapped in."""
+        """As ``logprobs`` under the weights of ``reference``, a host copy that is swapped in.
+
+        It routes by itself: recorded experts are the policy's choice.
+        """
         self.weights.swap(reference)
         try:
-            return self.logprobs(batch)
+            return self.logprobs(replace(batch, replays_routing=False))
         finally:
             self.weights.swap(reference)
 
@@ -128,9 +134,33 @@ class Learner:
                 cp=layout.cp,
                 cp_rank=place["cp"],
                 least_tokens=tokens,
+                expert_ids=ids,
             )
-            for part, tokens in zip(parts, least, strict=True)
+            for part, tokens, ids in zip(
+                parts, least, self._expert_ids(batch, partition), strict=True
+            )
         ]
+
+    def _expert_ids(self, batch: Batch, partition: Partition) -> Iterable[list[Tensor] | None]:
+        """What each microbatch is to replay."""
+        if not batch.replays_routing:
+            return [None] * len(partition.parts[0])
+        return fetch_expert_ids(
+            batch,
+            partition,
+            model=self.weights.model,
+            groups=self.groups,
+            device=self.backend.device,
+        )
+
+    def _rerouted(self, batch: Batch, microbatches: list[Microbatch]) -> dict[str, float]:
+        """This rank's part in the share of (token, layer) whose experts replay changed."""
+        if not batch.replays_routing:
+            return {}
+        changed = sum(int(microbatch.packed.rerouted) for microbatch in microbatches)
+        num_tokens = sum(len(s.token_ids) - 1 for s in batch.sequences)
+        total = num_tokens * routers(self.weights.model).num_moe_layers
+        return {"mismatch/routing": changed / max(1, total)}
 
     def _run(self, microbatches: list[Microbatch], loss: Loss | None) -> list[Any]:
         return run_pipeline(
@@ -141,11 +171,15 @@ class Learner:
             chunk_tokens=self.settings.logprob_chunk_tokens,
         )
 
-    def _reduce(self, outputs: list[LossOutput]) -> dict[str, float]:
-        """Sums and maxima over microbatches and dp, on every rank, in rank order."""
+    def _reduce(self, outputs: list[LossOutput], counted: dict[str, float]) -> dict[str, float]:
+        """Sums and maxima over microbatches and dp, on every rank, in rank order.
+
+        ``counted``: further sums, to which every rank contributes.
+        """
         mine: tuple[dict[str, float], dict[str, float]] = ({}, {})
         if self.groups.reports_losses:
             mine = _accumulate(outputs)
+        mine[0].update(counted)
         gathered = gather_records(
             mine,
             tuple[dict[str, float], dict[str, float]],

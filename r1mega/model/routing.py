@@ -24,8 +24,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1mega.config import schema
+from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
+from r1mega.records import Routers
 
 FREE = -1  # in place of a token's expert ids: the router chooses
 
@@ -36,9 +37,8 @@ class Packing(PackedSeqParams):
 
     padding_T: Tensor  # bool
     expert_ids_TMK: Tensor | None = None  # FREE where nothing was recorded; None: nothing at all
-    # How many (token, layer) the routers of this rank would have routed to other experts; counted
-    # in passes with gradient, once per token and layer.
-    rerouted: Tensor | None = None
+    # Of how many (token, layer) replay changed the experts: this rank's, in passes with gradient.
+    rerouted: Tensor
 
 
 class _TopK(Protocol):
@@ -77,7 +77,7 @@ class RouterGuide:
             return values_SK, own_SK
         recorded_SK = self._shard(packing.expert_ids_TMK[:, self._place]).to(own_SK.dtype)
         used_SK = torch.where(recorded_SK == FREE, own_SK, recorded_SK)
-        if packing.rerouted is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # so once per token and layer, also with recompute
             differs_SK = used_SK.sort(-1).values != own_SK.sort(-1).values
             packing.rerouted += differs_SK.any(-1).sum()
         return scores_SE.gather(1, used_SK), used_SK
@@ -104,8 +104,18 @@ class RouterGuide:
 def moe_layers(model: schema.Model, layout: Layout, pp_rank: int) -> list[int]:
     """Global ids of the layers with experts on a pipeline stage, over all its chunks: axis M."""
     chunks = layout.stage_layers(model.num_hidden_layers)[pp_rank]
-    dense = model.first_k_dense_replace
+    dense = network.num_dense_layers(model)
     return [layer for chunk in chunks for layer in chunk if layer >= dense]
+
+
+def routers(model: schema.Model) -> Routers:
+    """The form of recorded ids that ``model`` wants."""
+    return Routers(
+        num_layers=model.num_hidden_layers,
+        num_dense_layers=network.num_dense_layers(model),
+        topk=model.num_experts_per_tok,
+        num_experts=model.n_routed_experts,
+    )
 
 
 def guide_routers(policy: GPTModel, layers: Sequence[int], group: ProcessGroup) -> None:

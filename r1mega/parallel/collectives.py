@@ -68,6 +68,19 @@ def gather_records(value: T, type_: Any, *, group: ProcessGroup, device: torch.d
     ]
 
 
+def exchange_bytes(
+    outgoing: list[Tensor], incoming: list[int], *, group: ProcessGroup, device: torch.device
+) -> list[Tensor]:
+    """``outgoing[i]`` (uint8) to rank i of the group; returns what came from each, on the host.
+
+    ``incoming``: the sizes to expect. Ranks that have nothing for each other do not talk.
+    """
+    received = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
+    sizes = [len(parcel) for parcel in outgoing]
+    dist.all_to_all_single(received, torch.cat(outgoing).to(device), incoming, sizes, group=group)
+    return list(received.cpu().split(incoming))
+
+
 def _bytes_tensor(payload: bytes, size: int, device: torch.device) -> Tensor:
     buffer = torch.zeros(size, dtype=torch.uint8)
     if payload:

@@ -1,11 +1,17 @@
-"""Kept rollouts: one file per rollout, one group per line; reading gives back equal records."""
+"""Kept rollouts: one file per rollout, one group per line; reading gives back equal records.
+
+Routed experts are too large for JSON and for one rank: each rank that drew samples keeps theirs in
+a file of msgpack beside the rollout's, {place of the sample in the rollout: experts}.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import msgspec
 
-from r1mega.records import Group
+from r1mega.records import Group, RoutedExperts
 from r1mega.system import files
 
 
@@ -14,11 +20,45 @@ def rollout_path(folder: Path, number: int) -> Path:
 
 
 def write_rollout(folder: Path, number: int, groups: Sequence[Group]) -> Path:
-    """Write rollout ``number`` whole or not at all."""
+    """Write rollout ``number``, but its routed experts, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = rollout_path(folder, number)
-    files.write_atomically(path, b"".join(msgspec.json.encode(group) + b"\n" for group in groups))
+    plain = with_routed_experts(groups, {})
+    files.write_atomically(path, b"".join(msgspec.json.encode(group) + b"\n" for group in plain))
     return path
+
+
+def write_routed_experts(folder: Path, number: int, rank: int, groups: Sequence[Group]) -> None:
+    """Keep those of ``groups`` that this rank has; without any it writes nothing."""
+    samples = [sample for group in groups for sample in group.samples]
+    held = {i: s.routed_experts for i, s in enumerate(samples) if s.routed_experts is not None}
+    if held:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = rollout_path(folder, number).with_suffix(f".experts-{rank:05d}.msgpack")
+        files.write_atomically(path, msgspec.msgpack.encode(held))
+
+
+def read_routed_experts(path: Path, part: int, parts: int) -> dict[int, RoutedExperts]:
+    """This reader's part of what was kept beside the rollout at ``path``."""
+    held: dict[int, RoutedExperts] = {}
+    for kept in sorted(path.parent.glob(f"{path.stem}.experts-*.msgpack"))[part::parts]:
+        held |= msgspec.msgpack.decode(kept.read_bytes(), type=dict[int, RoutedExperts])
+    return held
+
+
+def with_routed_experts(groups: Sequence[Group], experts: dict[int, RoutedExperts]) -> list[Group]:
+    """The groups whose samples have these experts, by place in the rollout, and no others."""
+    places = count()
+    return [
+        replace(
+            group,
+            samples=tuple(
+                replace(sample, routed_experts=experts.get(next(places)))
+                for sample in group.samples
+            ),
+        )
+        for group in groups
+    ]
 
 
 def read_rollout(path: Path) -> list[Group]:

@@ -6,7 +6,6 @@ is not exactly as the model's routers choose is refused.
 
 import base64
 import binascii
-from typing import Literal
 
 import numpy as np
 
@@ -39,11 +38,8 @@ def read_routed_experts(text: object, num_tokens: int, routers: Routers) -> Rout
             f"has expert ids from {ids_TMK.min()} to {ids_TMK.max()}, but the model has "
             f"{routers.num_experts} experts"
         )
-    dtype: Literal["uint8", "int16"] = "uint8" if routers.num_experts <= 256 else "int16"
-    ids_TMK = ids_TMK.astype(np.dtype(dtype).newbyteorder("<"))
+    ids_TMK = ids_TMK.astype(np.dtype(routers.id_dtype).newbyteorder("<"))
     ordered = np.sort(ids_TMK, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise ValueError("has a token with the same expert twice in one layer")
-    return RoutedExperts(
-        num_layers=routers.num_moe_layers, topk=routers.topk, dtype=dtype, ids=ids_TMK.tobytes()
-    )
+    return RoutedExperts(dtype=routers.id_dtype, ids=ids_TMK.tobytes())

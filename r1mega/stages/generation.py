@@ -8,12 +8,20 @@ from pathlib import Path
 
 from r1mega.algorithms.sampling import Drawer, Drawn
 from r1mega.config.derived import max_response_tokens
+from r1mega.model.routing import routers
 from r1mega.parallel.collectives import broadcast_record
+from r1mega.parallel.groups import Groups
 from r1mega.records import Prompt, Sampling
 from r1mega.rewards.compose import compose
 from r1mega.rollout.fleet import Fleet
 from r1mega.rollout.publish import publish_from_all_ranks
-from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path
+from r1mega.rollout.replay import (
+    read_rollout,
+    read_routed_experts,
+    rollout_numbers,
+    rollout_path,
+    with_routed_experts,
+)
 from r1mega.rollout.router import read_router
 from r1mega.rollout.sampler import HttpSampler, SamplingFailed
 from r1mega.stages.worker import Worker
@@ -41,6 +49,7 @@ class Generation:
             top_k=config.rollout.top_k,
             max_tokens=max_response_tokens(config.rollout, step),
             stop_token_ids=self.stop_token_ids,
+            routers=routers(config.model) if config.algorithm.replay_routing else None,
         )
         seed = f"{config.seed}/rollout/{rollout}"
         return self._draw(prompts, config.algorithm.group_size, sampling, seed)
@@ -108,15 +117,20 @@ class Replay:
 
     folder: Path
     numbers: tuple[int, ...]
+    groups: Groups
 
     @classmethod
-    def open(cls, folder: str) -> "Replay":
-        return cls(folder=Path(folder), numbers=tuple(rollout_numbers(Path(folder))))
+    def open(cls, folder: str, groups: Groups) -> "Replay":
+        numbers = tuple(rollout_numbers(Path(folder)))
+        return cls(folder=Path(folder), numbers=numbers, groups=groups)
 
     def draw(self, prompts: list[Prompt], *, rollout: int, step: int) -> Drawn:
         """The kept rollout ``rollout``; they start over when there are fewer than asked for."""
-        number = self.numbers[rollout % len(self.numbers)]
-        return Drawn(groups=read_rollout(rollout_path(self.folder, number)), metrics={})
+        path = rollout_path(self.folder, self.numbers[rollout % len(self.numbers)])
+        kept, experts = read_rollout(path), {}
+        if self.groups.is_dp_leader:  # as after drawing: each leader has a part
+            experts = read_routed_experts(path, self.groups.place["dp"], self.groups.layout.dp)
+        return Drawn(groups=with_routed_experts(kept, experts), metrics={})
 
     def draw_for_evaluation(self, prompts: list[Prompt], *, step: int) -> None:
         """Nothing can be drawn."""

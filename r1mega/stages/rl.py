@@ -14,7 +14,7 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.parallel.backend import Backend
 from r1mega.records import Group
 from r1mega.rewards.compose import check_errors, reward_metrics
-from r1mega.rollout.replay import write_rollout
+from r1mega.rollout.replay import write_rollout, write_routed_experts
 from r1mega.run.samples import write_samples
 from r1mega.stages import report
 from r1mega.stages.evaluate import evaluation_metrics
@@ -123,7 +123,7 @@ def _open_source(
 ) -> Iterator[Generation | Replay]:
     """Engines, or the kept rollouts that stand in for them."""
     if worker.config.rollout.replay is not None:
-        yield Replay.open(worker.config.rollout.replay)
+        yield Replay.open(worker.config.rollout.replay, worker.groups)
         return
     with open_generation(worker, watch, stop_token_ids) as generation:
         yield generation
@@ -147,13 +147,15 @@ def _group_metrics(groups: list[Group], max_error_fraction: float) -> dict[str, 
 
 def _keep(worker: Worker, progress: Progress, groups: list[Group]) -> None:
     """Samples for people, and the whole rollout for replay when asked for."""
-    if worker.groups.rank != 0:
+    config, rank, folder = worker.config, worker.groups.rank, worker.directory.rollouts
+    keeps = config.stage.keep_rollouts or config.stage.only == "rollout"
+    if keeps:
+        write_routed_experts(folder, progress.rollout, rank, groups)
+    if rank != 0:
         return
-    config = worker.config
     write_samples(worker.directory, progress.step + 1, groups, config.run.sample_rows)
-    if config.stage.keep_rollouts or config.stage.only == "rollout":
-        path = write_rollout(worker.directory.rollouts, progress.rollout, groups)
-        logger.info("kept %s", path)
+    if keeps:
+        logger.info("kept %s", write_rollout(folder, progress.rollout, groups))
 
 
 def _due(every: int, step: int, last: int) -> bool:

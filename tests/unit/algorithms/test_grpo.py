@@ -7,7 +7,7 @@ import pytest
 from r1mega.algorithms.advantage import group_relative, token_weights
 from r1mega.algorithms.grpo import rollout_metrics, split, training_sequences
 from r1mega.config.schema import Algorithm
-from r1mega.records import Group, Prompt, Sample, Score, Sequence, VersionRange
+from r1mega.records import Batch, Group, Prompt, Sample, Score, Sequence, VersionRange
 
 
 def sample(index: int, length: int, finish: str = "stop") -> Sample:
@@ -80,11 +80,11 @@ def test_overlong_samples_count_in_the_baseline_only() -> None:
 
 def test_a_rollout_is_split_at_random_once() -> None:
     sequences = tuple(Sequence(uid=str(i), token_ids=(1, 2, 3), start=1) for i in range(10))
-    batches = split(sequences, 4, "sample", "seed")
+    batches = split(Batch(sequences), 4, "sample", "seed")
     assert sorted(len(b.sequences) for b in batches) == [2, 2, 3, 3]
     assert sorted(int(s.uid) for b in batches for s in b.sequences) == list(range(10))
-    assert batches == split(sequences, 4, "sample", "seed")
-    assert batches != split(sequences, 4, "sample", "another")
+    assert batches == split(Batch(sequences), 4, "sample", "seed")
+    assert batches != split(Batch(sequences), 4, "sample", "another")
     for b in batches:
         total = sum(s.weight * s.num_targets for s in b.sequences)
         assert total == pytest.approx(1.0)

@@ -57,7 +57,7 @@ def train_all(cases: dict[str, dict[str, Any]], folder: str) -> None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, world, is_master=rank == 0)
     for name, values in cases.items():
-        with _joined(dist.PrefixStore(name, store), rank, world):
+        with joined(dist.PrefixStore(name, store), rank, world):
             facts, weights = _train(Case(**values))
         if rank == 0:
             save_file(weights, _file(folder, name, "safetensors"))
@@ -65,7 +65,7 @@ def train_all(cases: dict[str, dict[str, Any]], folder: str) -> None:
 
 
 @contextmanager
-def _joined(store: dist.Store, rank: int, world: int) -> Iterator[None]:
+def joined(store: dist.Store, rank: int, world: int) -> Iterator[None]:
     """A process group of its own, closed with all that Megatron made of it."""
     from r1mega.parallel.backend import open_backend
 

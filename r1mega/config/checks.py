@@ -9,8 +9,9 @@ from pathlib import PurePath
 
 from r1mega.config import derived, ranges
 from r1mega.config.errors import ConfigError
+from r1mega.config.learner_checks import learner_violations
 from r1mega.config.network_checks import network_violations
-from r1mega.config.schema import Config, Data, Learner, Parallel, Rollout, Stage
+from r1mega.config.schema import Config, Data, Parallel, Rollout, Stage
 
 _DOCUMENT_SOURCES = ("arithmetic", "text", "sft")
 _PROMPT_SOURCES = ("arithmetic", "gsm8k", "jsonl")
@@ -35,8 +36,7 @@ def _between_keys(config: Config) -> Iterator[str]:
     yield from _not_yet(config)
     yield from _pipeline(config.model.num_hidden_layers, config.parallel)
     yield from network_violations(config.model, config.parallel, config.learner)
-    yield from _precision(config)
-    yield from _schedule(config.learner, config.stage)
+    yield from learner_violations(config)
     yield from _source(config.stage, config.data)
     yield from _cluster(config)
     if samples:
@@ -119,32 +119,6 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
         return
     if p.vpp is not None and stages[0] % p.vpp:
         yield f"vpp={p.vpp} must divide the {stages[0]} layers of a pipeline stage"
-
-
-def _precision(config: Config) -> Iterator[str]:
-    learner = config.learner
-    needs_cuda = {
-        "learner.layer_spec=transformer_engine": learner.layer_spec == "transformer_engine",
-        "learner.dispatcher=flex": learner.dispatcher == "flex",
-        "learner.grouped_gemm=true": learner.grouped_gemm,
-        "learner.fp8=blockwise": learner.fp8 == "blockwise",
-    }
-    for setting, is_set in needs_cuda.items():
-        if is_set and config.cluster.backend == "cpu":
-            yield f"{setting} needs cluster.backend=cuda, got cpu"
-    if learner.grouped_gemm and learner.layer_spec == "local" and config.cluster.backend == "cuda":
-        yield "learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local"
-    if learner.fp8 == "blockwise" and learner.layer_spec == "local":
-        yield "learner.fp8=blockwise needs learner.layer_spec=transformer_engine, got local"
-    if learner.fp8 == "blockwise" and learner.precision == "fp32":
-        yield "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
-
-
-def _schedule(learner: Learner, stage: Stage) -> Iterator[str]:
-    if learner.warmup_steps > stage.steps:
-        yield f"learner.warmup_steps={learner.warmup_steps} exceeds stage.steps={stage.steps}"
-    if learner.lr_schedule != "constant" and learner.min_lr > learner.lr:
-        yield f"learner.min_lr={learner.min_lr:g} exceeds learner.lr={learner.lr:g}"
 
 
 def _source(stage: Stage, data: Data) -> Iterator[str]:

@@ -48,7 +48,8 @@ _ABOVE_ZERO = """
 """
 
 _BETWEEN = {
-    "learner.adam_beta1 learner.adam_beta2 rewards.max_error_fraction": (0, 1),
+    "learner.adam_beta1 learner.adam_beta2 learner.optimizer_offload": (0, 1),
+    "rewards.max_error_fraction": (0, 1),
     "cluster.master_port cluster.router_port": (0, 65535),
 }
 

@@ -125,6 +125,18 @@ class Learner:
     """Weight of the MTP layers' loss (V3 pretraining: 0.3, then 0.1); 0 leaves them out. In rl they
     learn from the policy without moving it."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """selective: of ``recompute_modules``. full: every layer from its input."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Megatron's names: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts."""
+    precision_aware_optimizer: bool = False
+    """TransformerEngine's FusedAdam: beside bf16 weights it keeps the other 16 bits of the fp32
+    masters, and allows ``moments`` and ``gradients`` in bf16."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Adam's two averages (DeepSeek-V3: bf16)."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """In which they are summed over microbatches and dp."""
+    optimizer_offload: float = 0.0
+    """Share of masters, moments and their update that lives on the host."""
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """local: own TE-free modules (CPU, and a reference on CUDA)."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"

@@ -1,0 +1,97 @@
+"""Constraints on how the learner computes: precision, recomputation, optimizer, schedule.
+
+What only CUDA can do is refused on CPU here, before any process starts.
+"""
+
+from collections.abc import Iterator
+
+from r1mega.config import network
+from r1mega.config.schema import Config, Learner, Model, Stage
+
+# What selective recompute may forget, by Megatron's names; each wants something to be there.
+_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+_OF_EXPERTS = ("mla_up_proj", "moe", "moe_act", "shared_experts")
+
+
+def learner_violations(config: Config) -> Iterator[str]:
+    yield from _needs_cuda(config.learner, config.cluster.backend)
+    yield from _precision(config.learner, config.cluster.backend)
+    yield from _recompute(config.learner, config.model)
+    yield from _optimizer(config.learner)
+    yield from _schedule(config.learner, config.stage)
+
+
+def _needs_cuda(learner: Learner, backend: str) -> Iterator[str]:
+    if backend == "cuda":
+        return
+    needs_cuda = {
+        "learner.layer_spec=transformer_engine": learner.layer_spec == "transformer_engine",
+        "learner.dispatcher=flex": learner.dispatcher == "flex",
+        "learner.grouped_gemm=true": learner.grouped_gemm,
+        "learner.fp8=blockwise": learner.fp8 == "blockwise",
+        "learner.precision_aware_optimizer=true": learner.precision_aware_optimizer,
+        f"learner.optimizer_offload={learner.optimizer_offload:g}": learner.optimizer_offload > 0,
+    }
+    for setting, is_set in needs_cuda.items():
+        if is_set:
+            yield f"{setting} needs cluster.backend=cuda, got cpu"
+
+
+def _precision(learner: Learner, backend: str) -> Iterator[str]:
+    if learner.grouped_gemm and learner.layer_spec == "local" and backend == "cuda":
+        yield "learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local"
+    if learner.fp8 == "blockwise" and learner.layer_spec == "local":
+        yield "learner.fp8=blockwise needs learner.layer_spec=transformer_engine, got local"
+    if learner.fp8 == "blockwise" and learner.precision == "fp32":
+        yield "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
+
+
+def _recompute(learner: Learner, model: Model) -> Iterator[str]:
+    modules = learner.recompute_modules
+    if learner.recompute != "selective":
+        if modules != Learner().recompute_modules:
+            yield (
+                f"learner.recompute_modules={modules} has no meaning with "
+                f"learner.recompute={learner.recompute}; use selective"
+            )
+        return
+    if unknown := set(modules) - set(_MODULES):
+        yield (
+            f"learner.recompute_modules={modules}: {', '.join(sorted(unknown))} is none of "
+            f"{', '.join(_MODULES)}"
+        )
+    if not modules:
+        yield "learner.recompute_modules=[] recomputes nothing; use learner.recompute=none"
+    if network.is_dense(model) and (absent := set(modules) & set(_OF_EXPERTS)):
+        yield (
+            f"learner.recompute_modules={modules}: {model.architecture} has no "
+            f"{', '.join(sorted(absent))}; use core_attn, layernorm, mlp"
+        )
+    elif "moe_act" in modules and not learner.grouped_gemm:
+        yield "learner.recompute_modules: moe_act needs learner.grouped_gemm=true, got false"
+    if "layernorm" in modules and learner.layer_spec == "local":
+        yield (
+            "learner.recompute_modules: layernorm needs learner.layer_spec=transformer_engine, "
+            "got local"
+        )
+
+
+def _optimizer(learner: Learner) -> Iterator[str]:
+    aware = learner.precision_aware_optimizer
+    for name, dtype in (("moments", learner.moments), ("gradients", learner.gradients)):
+        if dtype != "fp32" and not aware:
+            yield f"learner.{name}={dtype} needs learner.precision_aware_optimizer=true, got false"
+    if aware and learner.precision == "fp32":
+        yield "learner.precision_aware_optimizer=true needs learner.precision=bf16, got fp32"
+    if learner.optimizer_offload > 0 and learner.moments != "fp32":
+        yield (
+            f"learner.optimizer_offload={learner.optimizer_offload:g} updates on the host, in "
+            f"fp32 alone; use learner.moments=fp32, got {learner.moments}"
+        )
+
+
+def _schedule(learner: Learner, stage: Stage) -> Iterator[str]:
+    if learner.warmup_steps > stage.steps:
+        yield f"learner.warmup_steps={learner.warmup_steps} exceeds stage.steps={stage.steps}"
+    if learner.lr_schedule != "constant" and learner.min_lr > learner.lr:
+        yield f"learner.min_lr={learner.min_lr:g} exceeds learner.lr={learner.lr:g}"

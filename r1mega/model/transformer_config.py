@@ -41,7 +41,12 @@ def transformer_config(
         **_numerics(options),
         **options.megatron,
     }
-    return MLATransformerConfig(**values)
+    config = MLATransformerConfig(**values)
+    # Microbatches are packed to their own lengths, so stages announce the shape first. Said only
+    # now, because Megatron refuses it with the allgather dispatcher, for fear of lengths that
+    # differ between ranks that share experts: the learner pads those to equal ones.
+    config.variable_seq_lengths = layout.pp > 1
+    return config
 
 
 def _network(model: schema.Model) -> dict[str, Any]:
@@ -117,8 +122,6 @@ def _parallelism(layout: Layout) -> dict[str, Any]:
         "sequence_parallel": layout.tp > 1,
         "num_layers_in_first_pipeline_stage": layout.layers_in_first_stage,
         "num_layers_in_last_pipeline_stage": layout.layers_in_last_stage,
-        # Microbatches are packed to their own lengths, so stages announce the shape first.
-        "variable_seq_lengths": layout.pp > 1,
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }

@@ -18,7 +18,7 @@ from r1mega.cluster import commands
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
 from r1mega.cluster.errors import JobFailed, learner_failure
-from r1mega.cluster.preflight import check_inputs, check_machines
+from r1mega.cluster.preflight import check_inputs, check_machines, check_packages
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
@@ -40,6 +40,7 @@ def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     """Run one stage on this machine; the exit code of the learner, or 1 with a sentence."""
     try:
         check_machines(config.cluster)
+        check_packages(config.learner)
         check_inputs(verb, config)
         directory = _open_directory(config)
         with _locked(directory), _signals_end_us():

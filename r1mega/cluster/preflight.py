@@ -1,10 +1,11 @@
-"""What can be known to fail before any process starts: machines, data, tokenizer and weights."""
+"""What can be known to fail before any process starts: machines, packages, data and weights."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
 from r1mega.config.derived import num_nodes
-from r1mega.config.schema import Cluster, Config, Model
+from r1mega.config.schema import Cluster, Config, Learner, Model
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
@@ -34,6 +35,23 @@ def check_inputs(verb: str, config: Config) -> None:
             _check_weights(Path(config.model.init), config.model)
     except (ValueError, OSError) as error:
         raise JobFailed(str(error)) from error
+
+
+def check_packages(learner: Learner) -> None:
+    """Raises JobFailed when this environment lacks what an option of the learner runs on."""
+    engine = "transformer_engine"
+    needed = {
+        "learner.layer_spec=transformer_engine": (learner.layer_spec == engine, engine),
+        "learner.precision_aware_optimizer=true": (learner.precision_aware_optimizer, engine),
+        "learner.optimizer_offload": (learner.optimizer_offload > 0, engine),
+        "learner.dispatcher=flex": (learner.dispatcher == "flex", "deep_ep"),
+    }
+    for setting, (is_set, package) in needed.items():
+        if is_set and find_spec(package) is None:
+            raise JobFailed(
+                f"{setting} needs the package {package}, which this environment does not have: "
+                "install it (pip install -e .[cuda] for transformer_engine), or change the setting"
+            )
 
 
 def check_machines(cluster: Cluster) -> None:

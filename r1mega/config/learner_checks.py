@@ -6,7 +6,7 @@ What only CUDA can do is refused on CPU here, before any process starts.
 from collections.abc import Iterator
 
 from r1mega.config import network
-from r1mega.config.schema import Config, Learner, Model, Stage
+from r1mega.config.schema import Config, Learner, Model, Parallel, Stage
 
 # What selective recompute may forget, by Megatron's names; each wants something to be there.
 _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -14,8 +14,10 @@ _OF_EXPERTS = ("mla_up_proj", "moe", "moe_act", "shared_experts")
 
 
 def learner_violations(config: Config) -> Iterator[str]:
+    """One sentence for each setting that cannot run as told."""
     yield from _needs_cuda(config.learner, config.cluster.backend)
-    yield from _precision(config.learner, config.cluster.backend)
+    yield from _transformer_engine(config.learner, config.cluster.backend)
+    yield from _dispatcher(config.learner, config.parallel)
     yield from _recompute(config.learner, config.model)
     yield from _optimizer(config.learner)
     yield from _schedule(config.learner, config.stage)
@@ -37,13 +39,18 @@ def _needs_cuda(learner: Learner, backend: str) -> Iterator[str]:
             yield f"{setting} needs cluster.backend=cuda, got cpu"
 
 
-def _precision(learner: Learner, backend: str) -> Iterator[str]:
+def _transformer_engine(learner: Learner, backend: str) -> Iterator[str]:
     if learner.grouped_gemm and learner.layer_spec == "local" and backend == "cuda":
         yield "learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local"
     if learner.fp8 == "blockwise" and learner.layer_spec == "local":
         yield "learner.fp8=blockwise needs learner.layer_spec=transformer_engine, got local"
     if learner.fp8 == "blockwise" and learner.precision == "fp32":
         yield "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
+
+
+def _dispatcher(learner: Learner, parallel: Parallel) -> Iterator[str]:
+    if learner.dispatcher == "flex" and parallel.ep * parallel.etp == 1:
+        yield "learner.dispatcher=flex needs ep * etp of at least 2, got ep=1; use alltoall"
 
 
 def _recompute(learner: Learner, model: Model) -> Iterator[str]:
@@ -77,16 +84,18 @@ def _recompute(learner: Learner, model: Model) -> Iterator[str]:
 
 
 def _optimizer(learner: Learner) -> Iterator[str]:
-    aware = learner.precision_aware_optimizer
+    aware, offload = learner.precision_aware_optimizer, learner.optimizer_offload
     for name, dtype in (("moments", learner.moments), ("gradients", learner.gradients)):
         if dtype != "fp32" and not aware:
             yield f"learner.{name}={dtype} needs learner.precision_aware_optimizer=true, got false"
     if aware and learner.precision == "fp32":
         yield "learner.precision_aware_optimizer=true needs learner.precision=bf16, got fp32"
-    if learner.optimizer_offload > 0 and learner.moments != "fp32":
+    if offload > 0 and learner.precision == "fp32":
+        yield f"learner.optimizer_offload={offload:g} needs learner.precision=bf16, got fp32"
+    if offload > 0 and learner.moments != "fp32":
         yield (
-            f"learner.optimizer_offload={learner.optimizer_offload:g} updates on the host, in "
-            f"fp32 alone; use learner.moments=fp32, got {learner.moments}"
+            f"learner.optimizer_offload={offload:g} updates on the host, where moments are fp32; "
+            f"use learner.moments=fp32, got {learner.moments}"
         )
 
 

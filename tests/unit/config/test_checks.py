@@ -119,8 +119,50 @@ SINGLE = {
     "learner.layer_spec=transformer_engine": (
         "learner.layer_spec=transformer_engine needs cluster.backend=cuda, got cpu"
     ),
-    "learner.dispatcher=flex": "learner.dispatcher=flex needs cluster.backend=cuda, got cpu",
+    "EP2 learner.dispatcher=flex": "learner.dispatcher=flex needs cluster.backend=cuda, got cpu",
+    "GPU learner.dispatcher=flex": "learner.dispatcher=flex needs ep * etp of at least 2, got ep=1",
     "learner.grouped_gemm=true": "learner.grouped_gemm=true needs cluster.backend=cuda, got cpu",
+    "learner.precision_aware_optimizer=true": (
+        "learner.precision_aware_optimizer=true needs cluster.backend=cuda, got cpu"
+    ),
+    "learner.optimizer_offload=0.5": (
+        "learner.optimizer_offload=0.5 needs cluster.backend=cuda, got cpu"
+    ),
+    "GPU learner.optimizer_offload=0.5 learner.precision=fp32": (
+        "learner.optimizer_offload=0.5 needs learner.precision=bf16, got fp32"
+    ),
+    "GPU learner.precision_aware_optimizer=true learner.precision=fp32": (
+        "learner.precision_aware_optimizer=true needs learner.precision=bf16, got fp32"
+    ),
+    "GPU learner.grouped_gemm=true": (
+        "learner.grouped_gemm=true needs learner.layer_spec=transformer_engine, got local"
+    ),
+    "GPU learner.moments=bf16": (
+        "learner.moments=bf16 needs learner.precision_aware_optimizer=true, got false"
+    ),
+    "GPU learner.gradients=bf16": (
+        "learner.gradients=bf16 needs learner.precision_aware_optimizer=true, got false"
+    ),
+    "GPU AWARE learner.moments=bf16 learner.optimizer_offload=1": (
+        "learner.optimizer_offload=1 updates on the host, where moments are fp32; use"
+    ),
+    "learner.optimizer_offload=-1": "learner.optimizer_offload=-1.0: must be between 0 and 1",
+    "learner.recompute_modules=[mlp]": (
+        "learner.recompute_modules=['mlp'] has no meaning with learner.recompute=none"
+    ),
+    "SELECTIVE learner.recompute_modules=[mlp,router]": (
+        "learner.recompute_modules=['mlp', 'router']: router is none of core_attn, layernorm"
+    ),
+    "SELECTIVE learner.recompute_modules=[]": "learner.recompute_modules=[] recomputes nothing",
+    "SELECTIVE learner.recompute_modules=[moe_act]": (
+        "learner.recompute_modules: moe_act needs learner.grouped_gemm=true, got false"
+    ),
+    "SELECTIVE learner.recompute_modules=[layernorm]": (
+        "learner.recompute_modules: layernorm needs learner.layer_spec=transformer_engine"
+    ),
+    "SELECTIVE LLAMA learner.recompute_modules=[mlp,moe]": (
+        "learner.recompute_modules=['mlp', 'moe']: llama has no moe; use core_attn, layernorm, mlp"
+    ),
     "GPU learner.fp8=blockwise": "learner.fp8=blockwise needs learner.layer_spec=transformer_engi",
     "GPU learner.fp8=blockwise learner.layer_spec=transformer_engine learner.precision=fp32": (
         "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
@@ -197,6 +239,9 @@ SHORTHANDS = {
     "GPU": [*CUDA, "cluster.gpus_per_engine=1"],
     "NET": ["cluster.host=10.0.0.1"],
     "LLAMA": ["model.architecture=llama"],
+    "EP2": ["parallel.ep=2", "cluster.learner_processes_per_node=2"],
+    "AWARE": ["learner.precision_aware_optimizer=true"],
+    "SELECTIVE": ["learner.recompute=selective"],
 }
 
 

@@ -7,11 +7,11 @@ silently do something else than asked, is a violation.
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from r1mega.config import derived, ranges
+from r1mega.config import derived, network, ranges
 from r1mega.config.errors import ConfigError
 from r1mega.config.learner_checks import learner_violations
 from r1mega.config.network_checks import network_violations
-from r1mega.config.schema import Config, Data, Parallel, Rollout, Stage
+from r1mega.config.schema import Config, Data, Learner, Model, Parallel, Rollout, Stage
 
 _DOCUMENT_SOURCES = ("arithmetic", "text", "sft")
 _PROMPT_SOURCES = ("arithmetic", "gsm8k", "jsonl")
@@ -45,6 +45,8 @@ def _between_keys(config: Config) -> Iterator[str]:
     if config.stage.kind == "rl":
         yield from _rollout(config.rollout, config.stage)
         yield from _rewards(config)
+        if config.algorithm.replay_routing:
+            yield from _replay_routing(config.model, config.learner)
 
 
 def _name(name: str) -> Iterator[str]:
@@ -176,6 +178,25 @@ def _rollout(rollout: Rollout, stage: Stage) -> Iterator[str]:
                 f"stage.{name}={every} must be a multiple of rollout.steps={rollout.steps}: "
                 "weights reach the engines once per rollout"
             )
+
+
+def _replay_routing(model: Model, learner: Learner) -> Iterator[str]:
+    if network.num_dense_layers(model) == model.num_hidden_layers:
+        yield (
+            f"algorithm.replay_routing=true, but none of the {model.num_hidden_layers} layers of "
+            f"this {model.architecture} model routes to experts; use false"
+        )
+    if learner.recompute == "selective" and "moe" in learner.recompute_modules:
+        yield (
+            "algorithm.replay_routing=true: megatron-core recomputes the module 'moe' without "
+            "saying for which microbatch; take it out of learner.recompute_modules, "
+            "or use learner.recompute=full"
+        )
+    if learner.megatron.get("moe_router_fusion"):
+        yield (
+            "algorithm.replay_routing=true: megatron-core's fused router cannot be told what to "
+            "choose; unset learner.megatron.moe_router_fusion"
+        )
 
 
 def _rewards(config: Config) -> Iterator[str]:

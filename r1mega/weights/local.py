@@ -50,16 +50,22 @@ class LocalWeights:
             self.blocks(piece).copy_(values.unflatten(0, (piece.blocks, -1)))
 
     def copy_to_host(self) -> list[Tensor]:
-        """A private host copy of all live tensors, for ``swap``."""
-        return [tensor.detach().to("cpu", copy=True) for tensor in self._live()]
+        """A private host copy of all live tensors, for ``swap``; page-locked beside a GPU."""
+        return [
+            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor.detach())
+            for tensor in self._live()
+        ]
 
     @torch.no_grad()
     def swap(self, host: Sequence[Tensor]) -> None:
-        """Exchange live weights and host copy in place; a second call puts things back."""
+        """Exchange live weights and host copy in place; a second call puts things back.
+
+        The device holds one further tensor at a time.
+        """
         for tensor, held in zip(self._live(), host, strict=True):
-            live = tensor.detach().to("cpu", copy=True)
-            tensor.copy_(held)
-            held.copy_(live)
+            live = tensor.detach().clone()
+            tensor.copy_(held, non_blocking=True)
+            held.copy_(live)  # waits, and thereby for the copy above
 
     def _live(self) -> Iterator[Tensor]:
         return chain.from_iterable(chunk.values() for chunk in self.tensors)

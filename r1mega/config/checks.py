@@ -33,7 +33,6 @@ def _between_keys(config: Config) -> Iterator[str]:
     samples = config.stage.kind in ("rl", "eval")
     yield from _name(config.name)
     yield from _mesh(config)
-    yield from _not_yet(config)
     yield from _pipeline(config.model.num_hidden_layers, config.parallel)
     yield from network_violations(config.model, config.parallel, config.learner)
     yield from learner_violations(config)
@@ -85,29 +84,12 @@ def _mesh(config: Config) -> Iterator[str]:
         )
 
 
-def _not_yet(config: Config) -> Iterator[str]:
-    """What the network can be told but the learner would get wrong."""
-    if config.parallel.cp > 1:
-        yield f"parallel.cp={config.parallel.cp}: context parallelism is not built yet; use cp=1"
-    if config.learner.dispatcher == "allgather":
-        yield (
-            "learner.dispatcher=allgather needs microbatches of equal length, which packing does "
-            "not give; use alltoall"
-        )
-
-
 def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
     uneven = p.layers_in_first_stage is not None or p.layers_in_last_stage is not None
     if p.pp == 1 and (uneven or p.vpp is not None):
         yield (
             "layers_in_first_stage, layers_in_last_stage and vpp need pp of at least 2, got pp=1; "
             "unset them or raise parallel.pp"
-        )
-        return
-    if uneven and p.vpp is not None:
-        yield (
-            f"vpp={p.vpp} needs equal stages; unset parallel.vpp, or "
-            "layers_in_first_stage and layers_in_last_stage"
         )
         return
     try:
@@ -119,8 +101,19 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
             f"layers_in_last_stage={p.layers_in_last_stage}: {error}; change these or parallel.pp"
         )
         return
-    if p.vpp is not None and stages[0] % p.vpp:
-        yield f"vpp={p.vpp} must divide the {stages[0]} layers of a pipeline stage"
+    if p.vpp is None:
+        return
+    if undivided := sorted({size for size in stages if size % p.vpp}):
+        yield (
+            f"vpp={p.vpp} must divide the {undivided[0]} layers of a pipeline stage: its virtual "
+            "chunks are equally long"
+        )
+    elif p.pp == 2 and None not in (p.layers_in_first_stage, p.layers_in_last_stage):
+        yield (
+            f"vpp={p.vpp} with both layers_in_first_stage={p.layers_in_first_stage} and "
+            f"layers_in_last_stage={p.layers_in_last_stage} at pp=2 makes megatron-core divide by "
+            "the zero stages in between; set one of the two, the other follows"
+        )
 
 
 def _source(stage: Stage, data: Data) -> Iterator[str]:

@@ -110,16 +110,13 @@ def stage_layers(
     """Global layer ids of every pipeline rank and virtual chunk: ``layers[pp_rank][chunk]``.
 
     As Megatron places them: ``first`` and ``last`` layers on the outer stages when given, the rest
-    evenly on the others; with vpp, chunk c of stage r holds the (c * pp + r)-th slice.
+    evenly on the others; with vpp, the first chunks of all stages come first, then the second ones.
     """
-    if vpp is not None and vpp > 1:
-        size = num_layers // (pp * vpp)
-        return [
-            [range((c * pp + r) * size, (c * pp + r + 1) * size) for c in range(vpp)]
-            for r in range(pp)
-        ]
-    stages, start = [], 0
-    for size in spread_layers(num_layers, pp, first, last):
-        stages.append([range(start, start + size)])
-        start += size
+    chunks = vpp or 1
+    stages: list[list[range]] = [[] for _ in range(pp)]
+    start = 0
+    for _ in range(chunks):
+        for stage, size in zip(stages, spread_layers(num_layers, pp, first, last), strict=True):
+            stage.append(range(start, start + size // chunks))
+            start += size // chunks
     return stages

@@ -26,9 +26,6 @@ SINGLE = {
     "cluster.learner_processes_per_node=3 parallel.pp=2": (
         "tp=1 * pp=2 * cp=1 = 2 must divide the learner's 3 ranks"
     ),
-    "cluster.learner_processes_per_node=2 parallel.cp=2": (
-        "parallel.cp=2: context parallelism is not built yet; use cp=1"
-    ),
     "model.num_key_value_heads=2": (
         "model.num_key_value_heads=2: architecture deepseek_v3 has no num_key_value_heads; unset it"
     ),
@@ -60,7 +57,6 @@ SINGLE = {
     "learner.mtp_loss_weight=0.3": (
         "learner.mtp_loss_weight=0.3 needs MTP layers, but model.num_nextn_predict_layers=0"
     ),
-    "learner.dispatcher=allgather": "learner.dispatcher=allgather needs microbatches of equal",
     "parallel.ep=2": "ep=2 * etp=1 = 2 must divide the 1 ranks of a pipeline stage",
     "cluster.learner_processes_per_node=4 parallel.etp=2 parallel.ep=4": (
         "ep=4 * etp=2 = 8 must divide the 4 ranks of a pipeline stage (tp=1 * cp=1 * dp=4)"
@@ -89,7 +85,13 @@ SINGLE = {
     "PP4 model.num_hidden_layers=8 parallel.vpp=3": (
         "vpp=3 must divide the 2 layers of a pipeline stage"
     ),
-    "PP4 parallel.vpp=2 parallel.layers_in_first_stage=1": "vpp=2 needs equal stages",
+    "PP4 parallel.vpp=2 parallel.layers_in_first_stage=1": (
+        "vpp=2 must divide the 1 layers of a pipeline stage"
+    ),
+    "parallel.pp=2 cluster.learner_processes_per_node=2 parallel.vpp=2 model.num_hidden_layers=6 "
+    "parallel.layers_in_first_stage=2 parallel.layers_in_last_stage=4": (
+        "vpp=2 with both layers_in_first_stage=2 and layers_in_last_stage=4 at pp=2 makes megatron"
+    ),
     "TP2 model.num_attention_heads=5": "tp=2 must divide model.num_attention_heads=5",
     "TP2 model.vocab_size=65": "tp=2 must divide model.vocab_size=65",
     "TP2 model.intermediate_size=129": "tp=2 must divide model.intermediate_size=129",
@@ -278,6 +280,8 @@ VALID = [
     "parallel.tp=2 parallel.ep=4 parallel.etp=2 cluster.learner_processes_per_node=8",
     "PP4 model.num_hidden_layers=8 parallel.vpp=2",
     "PP4 model.num_hidden_layers=61 parallel.layers_in_last_stage=13",
+    "PP4 model.num_hidden_layers=14 parallel.vpp=2 parallel.layers_in_last_stage=2",
+    "cluster.learner_processes_per_node=2 parallel.cp=2 parallel.ep=2 learner.dispatcher=allgather",
     "parallel.pp=2 cluster.learner_processes_per_node=2 parallel.layers_in_first_stage=1 "
     "parallel.layers_in_last_stage=3",
     "model.n_group=1 model.topk_group=1 model.num_experts_per_tok=3",

@@ -1,9 +1,13 @@
 """Layout arithmetic equals Megatron's own rank generator."""
 
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from r1mega.parallel.layout import Layout, stage_layers
 
@@ -45,6 +49,40 @@ def test_uneven_and_interleaved_stages() -> None:
         [range(0, 2), range(4, 6)],
         [range(2, 4), range(6, 8)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "vpp", "first", "last"),
+    [
+        (8, 4, None, None, None),
+        (8, 2, 2, None, None),
+        (8, 3, None, 2, None),
+        (7, 3, None, None, 3),
+        (61, 16, None, 3, 2),
+        (5, 2, None, 1, 4),
+        (14, 4, 2, None, 2),
+        (12, 3, 2, 4, None),
+        (12, 3, 2, 2, 6),
+    ],
+)
+def test_layers_are_where_megatron_builds_them(
+    num_layers: int, pp: int, vpp: int | None, first: int | None, last: int | None
+) -> None:
+    config: Any = SimpleNamespace(
+        num_layers=num_layers,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        pipeline_model_parallel_layout=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+    )
+    for pp_rank, chunks in enumerate(stage_layers(num_layers, pp, vpp, first, last)):
+        for chunk, layers in enumerate(chunks):
+            place = {"vp_stage": chunk if vpp else None, "pp_rank": pp_rank}
+            offset = get_transformer_layer_offset(config, **place)
+            assert layers == range(offset, offset + get_num_layers_to_build(config, **place))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from r1mega.config import schema
+from r1mega.config import network, schema
 from r1mega.model import local_spec
 from r1mega.model.routing import Packing, guide_routers, moe_layers
 from r1mega.model.transformer_config import BuildOptions, transformer_config
@@ -59,7 +59,7 @@ class PolicyModel(GPTModel):
             )
         logprobs_L, entropies_L = vocab_parallel_logprobs(
             hidden[:, 0].index_select(0, rows_L),
-            self.output_layer.weight,
+            self._head(),
             targets_L,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
@@ -68,6 +68,12 @@ class PolicyModel(GPTModel):
         rows_2L = torch.stack([logprobs_L, entropies_L])
         return gather_rows(rows_2L, places_L, num_rows, self.pg_collection.cp)
 
+    def _head(self) -> Tensor:
+        """This rank's rows of the output weight."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Upstream makes logits here; we hand out the hidden states."""
         return hidden_states
@@ -75,7 +81,7 @@ class PolicyModel(GPTModel):
 
 def build_model(
     model: schema.Model, groups: Groups, options: BuildOptions, *, device: torch.device
-) -> tuple[MLATransformerConfig, list[torch.nn.Module]]:
+) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """Megatron's config and this rank's chunks (one per virtual stage).
 
     Their weights are Megatron's own draw, which depends on the layout: fill them from
@@ -94,20 +100,35 @@ def build_model(
         vp_stage = chunk if layout.vpp else None
         policy = PolicyModel(
             config,
-            _spec(config, options, vp_stage),
+            _spec(config, model, options, vp_stage),
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=groups.place["pp"] == 0 and chunk == 0,
             post_process=groups.is_last_stage and chunk == num_chunks - 1,
             position_embedding_type="rope",
+            rotary_base=model.rope_theta,
             share_embeddings_and_output_weights=model.tie_word_embeddings,
             parallel_output=True,
             vp_stage=vp_stage,
         ).to(device)
+        if network.is_dense(model) and model.rope_scaling is not None:
+            _scale_rope(policy, model.rope_scaling)
         _mark_experts(policy)
         guide_routers(policy, layers, groups.tp)
         chunks.append(_in_bf16(config, policy) if options.precision == "bf16" else policy)
     return config, chunks
+
+
+def _scale_rope(policy: PolicyModel, scaling: schema.RopeScaling) -> None:
+    """Llama 3's frequencies; the argument of GPTModel fixes all of them but the factor."""
+    rope = policy.rotary_pos_emb
+    rope.inv_freq = rope._apply_scaling(
+        rope.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )
 
 
 def _mark_experts(policy: PolicyModel) -> None:
@@ -121,7 +142,7 @@ def _mark_experts(policy: PolicyModel) -> None:
             parameter.allreduce = False
 
 
-def _in_bf16(config: MLATransformerConfig, policy: PolicyModel) -> torch.nn.Module:
+def _in_bf16(config: TransformerConfig, policy: PolicyModel) -> torch.nn.Module:
     """bf16 weights, but the expert bias stays fp32: rounding it changes the routing."""
     wrapped = Float16Module(config, policy)
     for module in policy.modules():
@@ -130,9 +151,12 @@ def _in_bf16(config: MLATransformerConfig, policy: PolicyModel) -> torch.nn.Modu
     return wrapped
 
 
-def _spec(config: MLATransformerConfig, options: BuildOptions, vp_stage: int | None) -> Any:
+def _spec(
+    config: TransformerConfig, model: schema.Model, options: BuildOptions, vp_stage: int | None
+) -> Any:
     if options.layer_spec == "local":
-        return local_spec.decoder_spec(config, vp_stage)
+        has_bias = network.has_attention_output_bias(model)
+        return local_spec.decoder_spec(config, vp_stage, attention_output_bias=has_bias)
     return get_gpt_decoder_block_spec(
         config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
     )

@@ -1,6 +1,7 @@
-"""Layer spec without TransformerEngine, right for MLA under tensor and expert parallelism.
+"""Layer spec without TransformerEngine, right under tensor, sequence and expert parallelism.
 
-megatron-core's own local spec for MLA does not build in 0.16.1; three of its modules are ours.
+megatron-core's own local spec knows no packed sequences and for MLA does not build in 0.16.1; three
+of its modules are ours.
 Shapes: S sequence, B batch (1 when packed), T packed tokens, N heads, D head size.
 """
 
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +37,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention for MLA head sizes on packed sequences, cut over context-parallel ranks.
+    """Causal attention on packed sequences, cut over context-parallel ranks.
 
     Stock DotProductAttention has neither separate key and value sizes nor packing. Keys and values
     are gathered over cp, and the sums of their gradients scattered back; queries stay.
@@ -57,7 +59,10 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """Packed [T, N, D] tensors and their boundaries to [T, 1, N * D_value]."""
+        """Packed [T, N, D] tensors and their boundaries to [T, 1, N * D_value].
+
+        Keys and values may have fewer heads, each for N / heads consecutive ones of the query.
+        """
         assert packed_seq_params is not None, "the learner always packs"
         starts, width = packed_seq_params.cu_seqlens_q.long(), int(packed_seq_params.max_seqlen_q)
         cp = self.cp_group.size()
@@ -81,6 +86,7 @@ class CoreAttention(torch.nn.Module):
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         return out_BNSD.transpose(1, 2).flatten(0, 1)[own].reshape(len(query), 1, -1)
 
@@ -99,8 +105,17 @@ def _table(values_T: Tensor, places_T: Tensor, starts: Tensor, width: int) -> Te
     return table.index_copy(0, places_T, values_T).unflatten(0, (batch, width))
 
 
-def decoder_spec(config: MLATransformerConfig, vp_stage: int | None) -> Any:
-    """The spec of this rank's decoder layers with our norm, attention and down projections."""
+class BiasedRowParallelLinear(RowParallelLinear):
+    """An output projection with a bias beside an MLP that has none (``attention_bias``)."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+def decoder_spec(
+    config: TransformerConfig, vp_stage: int | None, *, attention_output_bias: bool
+) -> Any:
+    """The spec of this rank's decoder layers with our norm, attention and projections."""
     spec = copy.deepcopy(
         gpt_layer_specs.get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
@@ -111,8 +126,12 @@ def decoder_spec(config: MLATransformerConfig, vp_stage: int | None) -> Any:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = attention.kv_layernorm = RMSNorm
         attention.core_attention = CoreAttention
+        if attention_output_bias:
+            attention.linear_proj = BiasedRowParallelLinear
+        if not config.multi_latent_attention:
+            continue
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
         # TELinear, or what the CPU shim put in its place: the same weight on every tp rank.
         attention.linear_kv_down_proj = multi_latent_attention.TELinear
         attention.linear_q_down_proj = multi_latent_attention.TELinear

@@ -1,12 +1,12 @@
-"""DeepSeek-V3 sizes to megatron-core's MLATransformerConfig: pure translation."""
+"""The network's sizes to megatron-core's configuration: pure translation."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from r1mega.config import schema
+from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
 
 
@@ -17,31 +17,36 @@ class BuildOptions:
     precision: str = "fp32"
     layer_spec: str = "local"
     recompute: str = "none"
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     dispatcher: str = "alltoall"
     grouped_gemm: bool = False
     fp8: str = "none"
     expert_bias_update_rate: float = 0.0
+    mtp: Literal["none", "joint", "detached"] = "none"
+    """joint: the MTP layers' loss also moves the trunk; detached: it moves those layers alone."""
     megatron: dict[str, Any] = field(default_factory=dict)
 
 
 def transformer_config(
     model: schema.Model, layout: Layout, options: BuildOptions
-) -> MLATransformerConfig:
+) -> TransformerConfig:
     """Raises ValueError on a key of ``options.megatron`` that megatron-core does not know."""
-    known = {f.name for f in fields(MLATransformerConfig)}
+    kind = TransformerConfig if network.is_dense(model) else MLATransformerConfig
+    known = {f.name for f in fields(kind)}
     if unknown := set(options.megatron) - known:
         raise ValueError(
             f"learner.megatron: {sorted(unknown)} are not fields of megatron-core's "
-            "MLATransformerConfig; remove or rename them"
+            f"{kind.__name__}; remove or rename them"
         )
+    own = _grouped_query(model) if network.is_dense(model) else _deepseek_v3(model, options)
     values = {
         **_network(model),
-        **_experts(model, options),
+        **own,
         **_parallelism(layout),
         **_numerics(options),
         **options.megatron,
     }
-    config = MLATransformerConfig(**values)
+    config = kind(**values)
     # Microbatches are packed to their own lengths, so stages announce the shape first. Said only
     # now, because Megatron refuses it with the allgather dispatcher, for fear of lengths that
     # differ between ranks that share experts: the learner pads those to equal ones.
@@ -50,6 +55,31 @@ def transformer_config(
 
 
 def _network(model: schema.Model) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.intermediate_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.rms_norm_eps,
+        "init_method_std": model.initializer_range,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _grouped_query(model: schema.Model) -> dict[str, Any]:
+    return {
+        "num_query_groups": network.key_value_heads(model),
+        "kv_channels": network.head_dim(model),
+        "add_qkv_bias": network.has_query_key_value_bias(model),
+    }
+
+
+def _deepseek_v3(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
     yarn = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "rope", "rotary_base": model.rope_theta}
     if yarn is not None:
@@ -65,10 +95,8 @@ def _network(model: schema.Model) -> dict[str, Any]:
         }
     return {
         **rope,
-        "num_layers": model.num_hidden_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "ffn_hidden_size": model.intermediate_size,
+        **_experts(model, options),
+        "mtp_num_layers": None if options.mtp == "none" else model.num_nextn_predict_layers,
         "q_lora_rank": model.q_lora_rank,
         "kv_lora_rank": model.kv_lora_rank,
         "qk_head_dim": model.qk_nope_head_dim,
@@ -76,14 +104,6 @@ def _network(model: schema.Model) -> dict[str, Any]:
         "v_head_dim": model.v_head_dim,
         "kv_channels": model.v_head_dim,
         "qk_layernorm": True,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": model.rms_norm_eps,
-        "init_method_std": model.initializer_range,
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
     }
 
 
@@ -150,7 +170,10 @@ def _numerics(options: BuildOptions) -> dict[str, Any]:
             "recompute_num_layers": 1,
         }
     elif options.recompute == "selective":
-        values |= {"recompute_granularity": "selective"}
+        values |= {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(options.recompute_modules),
+        }
     if options.fp8 == "blockwise":
         values |= {"fp8": "e4m3", "fp8_recipe": "blockwise"}
     return values

@@ -41,29 +41,7 @@ def learner_facts(init: str, **axes: Any) -> dict[str, Any]:
 
 def gradient_facts(init: str, **axes: Any) -> dict[str, Any]:
     """Runs on every rank: the gradient of a next-token loss, under Hugging Face names."""
-    from r1mega.algorithms.losses import next_token_loss
-    from r1mega.learner.pipeline import run_pipeline
-
-    learner = tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes)
-    for chunk in learner.chunks:
-        chunk.zero_grad_buffer()
-    batch = tiny.random_batch()
-    run_pipeline(
-        learner.chunks,
-        learner.microbatches(batch, learner.pack(batch)),
-        loss=next_token_loss,
-        temperature=1.0,
-        chunk_tokens=16,
-    )
-    with torch.no_grad():
-        for chunk in learner.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
-    return {
-        name: tensor.flatten().tolist()
-        for name, tensor in learner.hf_tensors()
-        if tensor is not None
-    }
+    return tiny.gradients(tiny.tiny_learner(model=tiny.with_init(Path(init)), **axes))
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +60,9 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
     return run_ranks(__name__, "learner_facts", init=str(folder), **axes)
 
 
-def expected_logprobs(network: Any) -> list[list[float]]:
-    rows = []
-    for s in tiny.random_batch().sequences:
-        with torch.no_grad():
-            table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
-        rows.append(
-            [table[s.start - 1 + i, t].item() for i, t in enumerate(s.token_ids[s.start :])]
-        )
-    return rows
-
-
 def test_single_process_equals_transformers(checkpoint: Any, single: dict[str, Any]) -> None:
-    for mine, theirs in zip(single["logprobs"], expected_logprobs(checkpoint[1]), strict=True):
+    expected = tiny.transformers_logprobs(checkpoint[1], tiny.random_batch())
+    for mine, theirs in zip(single["logprobs"], expected, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
@@ -116,13 +84,7 @@ def test_gradients_equal_transformers(name: str, checkpoint: Any) -> None:
     folder, network = checkpoint
     theirs = tiny.transformers_gradients(network, tiny.random_batch())
     axes = LAYOUTS.get(name, {"world": 1})
-    mine = run_ranks(__name__, "gradient_facts", init=str(folder), **axes)[0]
-    mine = {n: g for n, g in mine.items() if not n.endswith("e_score_correction_bias")}
-    assert mine.keys() == theirs.keys()
-    for parameter, gradient in mine.items():
-        expected = theirs[parameter].flatten()
-        difference = (torch.tensor(gradient) - expected).abs().max()
-        assert difference <= 1e-5 * expected.abs().max(), parameter
+    tiny.assert_close(run_ranks(__name__, "gradient_facts", init=str(folder), **axes)[0], theirs)
 
 
 def bias_facts(init: str, **axes: Any) -> list[list[float]]:

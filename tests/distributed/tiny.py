@@ -1,7 +1,8 @@
-"""A small DeepSeek-V3 for tests, the same in transformers and in the learner."""
+"""Small models for tests, the same in transformers and in the learner."""
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from r1mega.config import schema
 from r1mega.model.hf_config import hf_config
 from r1mega.parallel.backend import open_backend
-from r1mega.parallel.groups import open_groups
+from r1mega.parallel.groups import Groups, open_groups
 from r1mega.parallel.layout import Layout
 from r1mega.records import Batch, Sequence
 
@@ -25,6 +26,34 @@ MODEL = schema.Model(
     max_position_embeddings=320,
     rope_scaling=schema.RopeScaling(factor=40.0, original_max_position_embeddings=8),
 )
+_DENSE: dict[str, Any] = {
+    "vocab_size": 128,
+    "num_hidden_layers": 4,
+    "initializer_range": 0.08,
+    "max_position_embeddings": 320,
+}
+MODELS = {
+    "llama": schema.Model(
+        architecture="llama",
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_bias=True,
+        rope_theta=50.0,
+        rope_scaling=schema.RopeScaling(
+            rope_type="llama3", factor=8.0, original_max_position_embeddings=64
+        ),
+        **_DENSE,
+    ),
+    "qwen2": schema.Model(
+        architecture="qwen2", num_attention_heads=8, num_key_value_heads=4, **_DENSE
+    ),
+    "qwen2 tied": schema.Model(
+        architecture="qwen2", num_key_value_heads=2, tie_word_embeddings=True, **_DENSE
+    ),
+    "deepseek_v3 without query lora": dataclasses.replace(MODEL, q_lora_rank=None),
+    "deepseek_v3": MODEL,
+}
 SETTINGS = schema.Learner(
     precision="fp32", lr=1e-3, tokens_per_microbatch=64, logprob_chunk_tokens=16
 )
@@ -35,14 +64,19 @@ def tiny_learner(
     model: schema.Model = MODEL,
     settings: schema.Learner = SETTINGS,
     temperature: float = 1.0,
+    groups: Groups | None = None,
     **axes: Any,
 ) -> "Learner":
-    """The learner on this process's rank; ``axes`` are Layout's sizes but for the world's."""
+    """The learner on this process's rank; ``axes`` are Layout's sizes but for the world's.
+
+    A process opens its groups once: a second learner takes the ``groups`` of the first.
+    """
     backend = open_backend("cpu")
     from r1mega.learner.learner import open_learner  # megatron.core, after the backend's shim
 
-    layout = Layout(world=int(os.environ["WORLD_SIZE"]), **axes)
-    groups = open_groups(layout, backend, timeout_s=120, seed=1)
+    if groups is None:
+        layout = Layout(world=int(os.environ["WORLD_SIZE"]), **axes)
+        groups = open_groups(layout, backend, timeout_s=120, seed=1)
     return open_learner(model, settings, groups, backend, temperature=temperature, seed=7)
 
 
@@ -81,11 +115,11 @@ def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 
 
 
 def transformers_model(learner_model: schema.Model, folder: Path) -> Any:
-    """transformers' own DeepseekV3ForCausalLM with random weights, saved under ``folder``."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    """transformers' own network with random weights, biases included, saved under ``folder``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = DeepseekV3Config(**hf_config(learner_model), attn_implementation="eager")
-    network = DeepseekV3ForCausalLM(config).eval().float()
+    config = AutoConfig.for_model(**hf_config(learner_model), attn_implementation="eager")
+    network = AutoModelForCausalLM.from_config(config).eval().float()
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -124,6 +158,64 @@ def transformers_gradients(network: Any, batch: Batch) -> dict[str, torch.Tensor
         else:
             gradients[name] = parameter.grad
     return gradients
+
+
+def transformers_logprobs(network: Any, batch: Batch) -> list[list[float]]:
+    """Of every sequence's targets."""
+    rows = []
+    for s in batch.sequences:
+        with torch.no_grad():
+            table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
+        rows.append(
+            [table[s.start - 1 + i, t].item() for i, t in enumerate(s.token_ids[s.start :])]
+        )
+    return rows
+
+
+def gradients(learner: "Learner") -> dict[str, list[float]]:
+    """On rank 0, under Hugging Face names: of the next-token loss on ``random_batch()``.
+
+    What is no parameter (the expert bias) has none and is left out. The weights stay as they were.
+    """
+    from r1mega.algorithms.losses import next_token_loss
+    from r1mega.learner.pipeline import run_pipeline
+
+    for chunk in learner.chunks:
+        chunk.zero_grad_buffer()
+    batch = random_batch()
+    run_pipeline(
+        learner.chunks,
+        learner.microbatches(batch, learner.pack(batch)),
+        loss=next_token_loss,
+        temperature=1.0,
+        chunk_tokens=16,
+    )
+    held = learner.weights.copy_to_host()
+    with torch.no_grad():
+        for chunk in learner.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    found = weights(learner)
+    learner.weights.swap(held)
+    return {n: g for n, g in found.items() if not n.endswith("e_score_correction_bias")}
+
+
+def weights(learner: "Learner") -> dict[str, list[float]]:
+    """On rank 0 every Hugging Face tensor, flat."""
+    return {
+        name: tensor.flatten().tolist()
+        for name, tensor in learner.hf_tensors()
+        if tensor is not None
+    }
+
+
+def assert_close(mine: dict[str, list[float]], theirs: Mapping[str, Any]) -> None:
+    """The same tensors, to 1e-5 of the largest entry of each."""
+    assert mine.keys() == theirs.keys()
+    for name, values in mine.items():
+        expected = torch.as_tensor(theirs[name]).flatten()
+        difference = (torch.tensor(values) - expected).abs().max()
+        assert difference <= 1e-5 * expected.abs().max(), (name, difference)
 
 
 def with_init(folder: Path) -> schema.Model:

@@ -20,10 +20,10 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from r1mega.model.hf_config import model_from_hf
-from r1mega.rollout.engine.cache import LatentCache
+from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.engine import Engine
 from r1mega.rollout.engine.messages import Limits
-from r1mega.rollout.engine.network import BUCKET, Network, padded
+from r1mega.rollout.engine.network import Network
 from r1mega.rollout.engine.scheduler import Scheduler
 from r1mega.rollout.engine.server import Identity, Routes, application
 from r1mega.rollout.engine.updates import WeightUpdater
@@ -46,6 +46,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--context-length", type=int, help="prompt + response; default: the model's maximum")
     add("--chunked-prefill-size", type=int, default=512, help="prompt tokens per forward")
     add("--disable-radix-cache", action="store_true", help="do not reuse latents of equal prompts")
+    add("--enable-return-routed-experts", action="store_true", help="to requests that ask for them")
     add("--weight-version", default="default")
     add("--served-model-name")
     add("--api-key")
@@ -83,12 +84,12 @@ def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
     else:
         load_folder(weights, args.model_path)
     network = Network(model, weights, context)
-    cache = LatentCache(
-        num_layers=model.num_hidden_layers,
+    cache = Cache(
+        model,
         num_slots=args.max_running_requests,
-        num_positions=padded(context, BUCKET),
-        width=network.latent_dim,
+        num_positions=context,
         prefix_bytes=_PREFIX_BYTES,
+        records_experts=args.enable_return_routed_experts,
     )
     scheduler = Scheduler(
         network,
@@ -107,6 +108,7 @@ def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
             vocab_size=model.vocab_size,
             context_length=context,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            returns_routed_experts=cache.records_experts,
         ),
         identity=Identity(
             model_path=str(args.model_path),

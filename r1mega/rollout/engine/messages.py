@@ -5,6 +5,7 @@ when it has another one: a request is never answered as if it had asked for some
 """
 
 import secrets
+from base64 import b64encode
 from typing import Any, Literal
 
 import msgspec
@@ -62,6 +63,7 @@ class GenerateBody(msgspec.Struct, kw_only=True, frozen=True):
     top_logprobs_num: int | list[int] | None = 0
     stream: bool | None = False
     return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
 
 
 class PauseBody(msgspec.Struct, kw_only=True, frozen=True):
@@ -120,6 +122,7 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
+    returns_routed_experts: bool = False
 
 
 class Wanted(msgspec.Struct, kw_only=True, frozen=True):
@@ -136,6 +139,7 @@ def parse_generate(body: GenerateBody, limits: Limits) -> tuple[list[Wanted], bo
     prompts, is_batch = _prompts(body, limits)
     count = len(prompts)
     _check_options(body, count)
+    experts_from = _experts_from(body, prompts, limits)
     wanted = [
         Wanted(
             asked=asked,
@@ -150,7 +154,7 @@ def parse_generate(body: GenerateBody, limits: Limits) -> tuple[list[Wanted], bo
             _rids(body.rid, count, is_batch),
             strict=True,
         )
-        for asked in _asked(prompt, params, rid, body.rid, limits)
+        for asked in _asked(prompt, params, rid, body.rid, limits, experts_from)
     ]
     if len({one.asked.rid for one in wanted}) != len(wanted):
         raise ValueError("rid has duplicates: every request needs its own")
@@ -178,13 +182,28 @@ def _prompts(body: GenerateBody, limits: Limits) -> tuple[list[tuple[int, ...]],
 def _check_options(body: GenerateBody, num_prompts: int) -> None:
     if body.stream:
         raise ValueError("stream is not implemented: send stream=false")
-    if body.return_routed_experts:
-        raise ValueError("return_routed_experts is not implemented: leave it out")
     start_len = -1 if body.logprob_start_len is None else body.logprob_start_len
     if any(start >= 0 for start in _per_prompt(start_len, num_prompts, "logprob_start_len")):
         raise ValueError("log-probs of the prompt are not implemented: send logprob_start_len=-1")
     if any(_per_prompt(body.top_logprobs_num or 0, num_prompts, "top_logprobs_num")):
         raise ValueError("top_logprobs_num is not implemented: send 0")
+
+
+def _experts_from(body: GenerateBody, prompts: list[tuple[int, ...]], limits: Limits) -> int | None:
+    """The first token whose experts are wanted; None: nobody's."""
+    if not body.return_routed_experts:
+        return None
+    if not limits.returns_routed_experts:
+        raise ValueError(
+            "return_routed_experts needs a model with experts and the engine's flag "
+            "--enable-return-routed-experts"
+        )
+    start, shortest = body.routed_experts_start_len, min(map(len, prompts))
+    if not 0 <= start <= shortest:
+        raise ValueError(
+            f"routed_experts_start_len is {start}, it must be in [0, {shortest}] (prompt tokens)"
+        )
+    return start
 
 
 def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
@@ -214,6 +233,7 @@ def _asked(
     rid: str,
     body_rid: str | list[str] | None,
     limits: Limits,
+    experts_from: int | None,
 ) -> list[Asked]:
     """The n completions of one prompt; completion i draws from seed + i."""
     _check_implemented(params)
@@ -247,6 +267,7 @@ def _asked(
             top_k=-1 if top_k >= limits.vocab_size else top_k,
             min_p=min_p,
             seed=seed + index,
+            experts_from=experts_from,
         )
         for index in range(copies)
     ]
@@ -299,6 +320,8 @@ def answer(completion: Completion, text: str, *, return_logprob: bool, latency_s
     if return_logprob:
         pairs = zip(completion.logprobs, completion.token_ids, strict=True)
         meta_info["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
+    if completion.experts is not None:
+        meta_info["routed_experts"] = b64encode(completion.experts).decode()
     return {"text": text, "output_ids": completion.token_ids, "meta_info": meta_info}
 
 

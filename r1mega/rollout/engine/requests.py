@@ -4,10 +4,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
-from r1mega.rollout.engine.sampling import Choice
-
-GREEDY_EPS = 1e-6  # below this temperature a request is greedy, as in SGLang
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -24,6 +20,7 @@ class Asked:
     top_k: int = -1
     min_p: float = 0.0
     seed: int = 0
+    experts_from: int | None = None  # answer which experts the tokens from here on went to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,48 +52,26 @@ class Completion:
     cached_tokens: int
     version: str  # of the weights when it finished
     versions: tuple[VersionSpan, ...]
+    experts: bytes | None = None  # int32 (token, layer, expert), without the last token
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A completion in progress. Positions [0, num_computed) of its slot hold latents."""
+    """A completion in progress. While it runs, its tokens are in its slot (see slots.py)."""
 
     asked: Asked
     future: "Future[Completion]"
     tokens: list[int] = field(default_factory=list)  # prompt, then response
     logprobs: list[float] = field(default_factory=list)
-    slot: int = -1
-    num_computed: int = 0
     cached_tokens: int = 0
     past_versions: list[tuple[str, int]] = field(default_factory=list)  # (version, its end)
 
-    @property
-    def num_drawn(self) -> int:
-        return len(self.logprobs)
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.num_computed
-
-    def choice(self) -> Choice:
-        """How to draw the next token."""
-        asked = self.asked
-        suppressed = asked.stop_token_ids if self.num_drawn < asked.min_new_tokens else ()
-        return Choice(
-            seed=asked.seed,
-            position=len(self.tokens),
-            temperature=0.0 if asked.temperature < GREEDY_EPS else asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            min_p=asked.min_p,
-            suppressed=tuple(sorted(suppressed)),
-        )
-
     def record_version_change(self, old: str) -> None:
-        if self.num_drawn:
-            self.past_versions.append((old, self.num_drawn))
+        """To be called with ``logprobs`` up to date."""
+        if self.logprobs:
+            self.past_versions.append((old, len(self.logprobs)))
 
-    def complete(self, finish: Finish, version: str) -> Completion:
+    def complete(self, finish: Finish, version: str, experts: bytes | None) -> Completion:
         response = self.tokens[len(self.asked.prompt) :]
         return Completion(
             asked=self.asked,
@@ -106,6 +81,7 @@ class Request:
             cached_tokens=self.cached_tokens,
             version=version,
             versions=version_spans([*self.past_versions, (version, len(response))]),
+            experts=experts,
         )
 
 

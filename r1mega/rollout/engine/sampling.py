@@ -7,10 +7,9 @@ a partial response that is continued elsewhere under the same seed continues the
 Log-probs are log softmax(logits / temperature), before top-k, top-p, min-p and the suppression of
 stop tokens. Temperature 0 takes the likeliest token and reports log-probs at temperature 1.
 
-Legend: N rows (the first ``len(choices)`` count), V vocabulary.
+Legend: N rows to draw, R those whose distribution is restricted, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,37 +18,41 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """How to draw one token."""
+class Choices:
+    """How to draw one token for every row."""
 
-    seed: int
-    position: int
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = -1  # -1: off
-    min_p: float = 0.0
-    suppressed: tuple[int, ...] = ()  # tokens that must not be drawn
+    uniforms_N: np.ndarray  # float64 in [0, 1)
+    temperatures_N: np.ndarray
+    top_p_N: np.ndarray
+    top_k_N: np.ndarray  # the vocabulary size: off
+    min_p_N: np.ndarray
+    suppressed_NV: np.ndarray | None = None  # tokens that must not be drawn
 
-    @property
-    def truncates(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+    def restricted(self, vocab_size: int) -> np.ndarray:
+        """The rows that may not draw every token."""
+        is_cut_N = (self.top_k_N < vocab_size) | (self.top_p_N < 1.0) | (self.min_p_N > 0.0)
+        if self.suppressed_NV is not None:
+            is_cut_N = is_cut_N | self.suppressed_NV.any(axis=1)
+        return np.flatnonzero(is_cut_N)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token and its log-prob; ``finite`` is False when the row's logits were not numbers."""
+    """Tokens and log-probs; ``is_finite_N`` is False where the logits were not numbers."""
 
-    token_id: int
-    logprob: float
-    finite: bool
+    token_ids_N: np.ndarray
+    logprobs_N: np.ndarray
+    is_finite_N: np.ndarray
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One number in [0, 1) per (seed, position): splitmix64's finalizer over both."""
-    with np.errstate(over="ignore"):
-        state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64))
-        state = _mix(state + np.array(positions, dtype=np.uint64))
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+def stream(seed: int) -> np.uint64:
+    """What ``uniforms`` takes for a seed."""
+    return _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))[0]
+
+
+def uniforms(streams_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per (stream, position): splitmix64's finalizer over both."""
+    return (_mix(streams_N + positions_N.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -59,60 +62,54 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def draw(logits_NV: Tensor, choices: Sequence[Choice]) -> list[Drawn]:
-    """One token per choice."""
-    num_padding = logits_NV.shape[0] - len(choices)
-    temperatures = [choice.temperature or 1.0 for choice in choices]
-    scaled_NV = logits_NV / torch.tensor([*temperatures, *[1.0] * num_padding])[:, None]
-    peaks_N1 = scaled_NV.amax(dim=-1, keepdim=True)
-    weights_NV = (scaled_NV - peaks_N1).exp_()
+def draw(logits_NV: Tensor, choices: Choices) -> Drawn:
+    """One token per row."""
+    temperatures_N1 = torch.from_numpy(choices.temperatures_N)[:, None]
+    is_greedy_N1 = temperatures_N1 == 0.0
+    scaled_NV = logits_NV / temperatures_N1.masked_fill(is_greedy_N1, 1.0)
+    weights_NV = scaled_NV.softmax(dim=-1)
     cumulative_NV = weights_NV.cumsum(dim=-1, dtype=torch.float64)
-    log_totals_N = cumulative_NV[:, -1].log()
+    log_totals_N1 = cumulative_NV[:, -1:].log()  # exact sums: softmax's own are of float32
 
-    special = [row for row, choice in enumerate(choices) if choice.suppressed or choice.truncates]
-    for row in special:
-        weights_NV[row] = _restrict(weights_NV[row], choices[row])
-    if special:
-        cumulative_NV[special] = weights_NV[special].cumsum(dim=-1, dtype=torch.float64)
-    tokens_N = _cross(cumulative_NV[: len(choices)], choices)
-    greedy = [row for row, choice in enumerate(choices) if choice.temperature == 0.0]
-    if greedy:
-        allowed_NV = scaled_NV[greedy].masked_fill(weights_NV[greedy] == 0.0, float("-inf"))
-        tokens_N[greedy] = allowed_NV.argmax(dim=-1)
-
-    rows = torch.arange(len(choices))
-    logprobs_N = (scaled_NV[rows, tokens_N] - peaks_N1[rows, 0]).double() - log_totals_N[rows]
-    finite_N = log_totals_N[rows].isfinite() & logprobs_N.isfinite()
-    drawn = zip(tokens_N.tolist(), logprobs_N.tolist(), finite_N.tolist(), strict=True)
-    return [Drawn(*values) for values in drawn]
+    allowed_NV = weights_NV
+    if len(restricted := choices.restricted(weights_NV.shape[1])):
+        rows = torch.from_numpy(restricted)
+        allowed_NV = weights_NV.index_copy(0, rows, _restrict(weights_NV[rows], choices, rows))
+        cumulative_NV[rows] = allowed_NV[rows].cumsum(dim=-1, dtype=torch.float64)
+    tokens_N1 = _cross(cumulative_NV, torch.from_numpy(choices.uniforms_N)[:, None])
+    if is_greedy_N1.any():
+        likeliest_N1 = scaled_NV.masked_fill(allowed_NV == 0.0, -torch.inf).argmax(-1, keepdim=True)
+        tokens_N1 = likeliest_N1.where(is_greedy_N1, tokens_N1)
+    logprobs_N1 = weights_NV.gather(1, tokens_N1).double().log() - log_totals_N1
+    logprobs_N = logprobs_N1.squeeze(1).numpy()
+    return Drawn(tokens_N1.squeeze(1).numpy(), logprobs_N, np.isfinite(logprobs_N))
 
 
-def _cross(cumulative_NV: Tensor, choices: Sequence[Choice]) -> Tensor:
+def _cross(cumulative_NV: Tensor, uniforms_N1: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds uniform * total."""
-    uniforms_N = uniforms([c.seed for c in choices], [c.position for c in choices])
     totals_N1 = cumulative_NV[:, -1:]
     # Below the total by construction, so that rounding cannot step past the last positive weight.
-    targets_N1 = (uniforms_N[:, None] * totals_N1).minimum(totals_N1 * (1 - 2.0**-53))
-    tokens_N = torch.searchsorted(cumulative_NV, targets_N1, right=True).squeeze(1)
-    return tokens_N.clamp_(max=cumulative_NV.shape[1] - 1)
+    targets_N1 = (uniforms_N1 * totals_N1).minimum(totals_N1 * (1 - 2.0**-53))
+    tokens_N1 = torch.searchsorted(cumulative_NV, targets_N1, right=True)
+    return tokens_N1.clamp_(max=cumulative_NV.shape[1] - 1)
 
 
-def _restrict(weights_V: Tensor, choice: Choice) -> Tensor:
-    """Zero what top-k, top-p and min-p exclude, all three on the unrestricted distribution."""
-    if choice.suppressed:
-        weights_V = weights_V.index_fill(0, torch.tensor(choice.suppressed), 0.0)
-    if not choice.truncates:
-        return weights_V
+def _restrict(weights_RV: Tensor, choices: Choices, rows: Tensor) -> Tensor:
+    """Zero what top-k, top-p and min-p exclude, all three on what is not suppressed."""
+
+    def column(values_N: np.ndarray) -> Tensor:
+        return torch.from_numpy(values_N)[rows, None]
+
+    if choices.suppressed_NV is not None:
+        weights_RV = weights_RV.masked_fill(torch.from_numpy(choices.suppressed_NV)[rows], 0.0)
     # numpy sorts values several times faster than torch sorts values with their indices
-    ordered_V = torch.from_numpy(np.sort(weights_V.numpy())).flip(0)
-    cumulative_V = ordered_V.cumsum(dim=0, dtype=torch.float64)
-    kept_V = cumulative_V - ordered_V <= choice.top_p * cumulative_V[-1]
-    kept_V &= ordered_V >= choice.min_p * ordered_V[0]
-    num_kept = int(kept_V.sum())
-    if choice.top_k > 0:
-        num_kept = min(num_kept, choice.top_k)
-    least = ordered_V[num_kept - 1]
-    ties = (weights_V == least).nonzero().squeeze(1)
-    num_ties_kept = num_kept - int((weights_V > least).sum())
-    restricted_V = weights_V.where(weights_V >= least, 0.0)
-    return restricted_V.index_fill_(0, ties[num_ties_kept:], 0.0)  # of equals, the first stay
+    ordered_RV = torch.from_numpy(np.sort(weights_RV.numpy())).flip(1)
+    cumulative_RV = ordered_RV.cumsum(dim=1, dtype=torch.float64)
+    is_kept_RV = cumulative_RV - ordered_RV <= column(choices.top_p_N) * cumulative_RV[:, -1:]
+    is_kept_RV &= ordered_RV >= column(choices.min_p_N) * ordered_RV[:, :1]
+    num_kept_R1 = is_kept_RV.sum(dim=1, keepdim=True).minimum(column(choices.top_k_N)).clamp_(min=1)
+    least_R1 = ordered_RV.gather(1, num_kept_R1 - 1)
+    is_above_RV, is_least_RV = weights_RV > least_R1, weights_RV == least_R1
+    num_least_R1 = num_kept_R1 - is_above_RV.sum(dim=1, keepdim=True)
+    is_least_RV &= is_least_RV.cumsum(dim=1) <= num_least_R1  # of equals, the first stay
+    return weights_RV.where(is_above_RV | is_least_RV, 0.0)

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from r1mega.config import network
 from r1mega.config.schema import Model
 from r1mega.rollout.wire import digest
 from r1mega.weights.names import hf_shapes
@@ -36,14 +37,27 @@ class MoeWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    input_norm: Tensor
+class MlaWeights:
     down_proj: Tensor  # what reads the hidden state: q (or its LoRA), kv latent, rotary key
     q_norm: Tensor | None
     q_up_proj: Tensor | None
     kv_norm: Tensor
     kv_up_proj: Tensor
     out_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GqaWeights:
+    qkv: Tensor  # query, key, value heads
+    qkv_bias: Tensor | None
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    input_norm: Tensor
+    attention: MlaWeights | GqaWeights
     mlp_norm: Tensor
     mlp: MlpWeights | MoeWeights
 
@@ -79,9 +93,9 @@ class _Store:
         return self.named[name]
 
     def stack(self, *names: str) -> Tensor:
-        """One matrix whose row blocks are the named matrices."""
+        """One tensor whose row blocks are the named tensors."""
         rows = [self.shapes[name][0] for name in names]
-        fused = torch.empty(sum(rows), self.shapes[names[0]][1], dtype=torch.float32)
+        fused = torch.empty(sum(rows), *self.shapes[names[0]][1:], dtype=torch.float32)
         self.named.update(zip(names, fused.split(rows), strict=True))
         return fused
 
@@ -103,23 +117,39 @@ class _Store:
 
 def _layer(store: _Store, model: Model, index: int) -> LayerWeights:
     layer = f"model.layers.{index}"
-    attention = f"{layer}.self_attn"
-    has_lora = model.q_lora_rank is not None
-    query = "q_a_proj" if has_lora else "q_proj"
+    attention = _gqa if network.is_dense(model) else _mla
     return LayerWeights(
         input_norm=store.own(f"{layer}.input_layernorm.weight"),
-        down_proj=store.stack(
-            f"{attention}.{query}.weight", f"{attention}.kv_a_proj_with_mqa.weight"
-        ),
-        q_norm=store.own(f"{attention}.q_a_layernorm.weight") if has_lora else None,
-        q_up_proj=store.own(f"{attention}.q_b_proj.weight") if has_lora else None,
-        kv_norm=store.own(f"{attention}.kv_a_layernorm.weight"),
-        kv_up_proj=store.own(f"{attention}.kv_b_proj.weight"),
-        out_proj=store.own(f"{attention}.o_proj.weight"),
+        attention=attention(store, f"{layer}.self_attn"),
         mlp_norm=store.own(f"{layer}.post_attention_layernorm.weight"),
         mlp=store.mlp(f"{layer}.mlp")
-        if index < model.first_k_dense_replace
+        if index < network.num_dense_layers(model)
         else _moe(store, f"{layer}.mlp", model.n_routed_experts),
+    )
+
+
+def _mla(store: _Store, prefix: str) -> MlaWeights:
+    has_lora = f"{prefix}.q_a_proj.weight" in store.shapes
+    query = "q_a_proj" if has_lora else "q_proj"
+    return MlaWeights(
+        down_proj=store.stack(f"{prefix}.{query}.weight", f"{prefix}.kv_a_proj_with_mqa.weight"),
+        q_norm=store.own(f"{prefix}.q_a_layernorm.weight") if has_lora else None,
+        q_up_proj=store.own(f"{prefix}.q_b_proj.weight") if has_lora else None,
+        kv_norm=store.own(f"{prefix}.kv_a_layernorm.weight"),
+        kv_up_proj=store.own(f"{prefix}.kv_b_proj.weight"),
+        out_proj=store.own(f"{prefix}.o_proj.weight"),
+    )
+
+
+def _gqa(store: _Store, prefix: str) -> GqaWeights:
+    names = [f"{prefix}.{name}_proj" for name in "qkv"]
+    biases = [f"{name}.bias" for name in names]
+    out = f"{prefix}.o_proj"
+    return GqaWeights(
+        qkv=store.stack(*(f"{name}.weight" for name in names)),
+        qkv_bias=store.stack(*biases) if biases[0] in store.shapes else None,
+        out_proj=store.own(f"{out}.weight"),
+        out_bias=store.own(f"{out}.bias") if f"{out}.bias" in store.shapes else None,
     )
 
 
@@ -133,10 +163,10 @@ def _moe(store: _Store, prefix: str, num_experts: int) -> MoeWeights:
 
 
 def fill_random(weights: Weights, seed: int) -> None:
-    """Normal matrices, norms one, expert bias zero: the same values for the same seed."""
+    """Normal matrices, norms one, biases zero: the same values for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in weights.named.items():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("bias"):
             tensor.zero_()
         elif tensor.dim() == 1:
             tensor.fill_(1.0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from r1mega.model.hf_config import hf_config
-from r1mega.rollout.engine.cache import LatentCache
+from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.network import Network
 from r1mega.rollout.engine.requests import Asked, Completion, Request
 from r1mega.rollout.engine.scheduler import Scheduler
@@ -48,17 +48,22 @@ def scheduler_of() -> Callable[..., Scheduler]:
     """A scheduler over a saved model, without a thread or a server."""
 
     def build(
-        saved: Saved, *, num_slots: int = 16, prefill_tokens: int = 64, reuse_prefixes: bool = True
+        saved: Saved,
+        *,
+        num_slots: int = 16,
+        prefill_tokens: int = 64,
+        reuse_prefixes: bool = True,
+        records_experts: bool = False,
     ) -> Scheduler:
         weights = allocate(saved.model)
         load_folder(weights, saved.folder)
         network = Network(saved.model, weights, CONTEXT)
-        cache = LatentCache(
-            num_layers=saved.model.num_hidden_layers,
+        cache = Cache(
+            saved.model,
             num_slots=num_slots,
             num_positions=CONTEXT,
-            width=network.latent_dim,
             prefix_bytes=1 << 20,
+            records_experts=records_experts,
         )
         return Scheduler(
             network,

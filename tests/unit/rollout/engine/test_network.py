@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.network import Network
+from r1mega.rollout.engine.plan import Chunks, plan
 from r1mega.rollout.engine.weights import allocate, check_names, checksums, load, load_folder
 
 NUM_TOKENS = 150
@@ -21,17 +24,17 @@ def test_logits_of_chunked_prefill_and_decode_equal_transformers(saved: Callable
     weights = allocate(own.model)
     load_folder(weights, own.folder)
     network = Network(own.model, weights, 256)
-    latents = torch.zeros(own.model.num_hidden_layers, 3, 256, network.latent_dim)
+    cache = Cache(own.model, num_slots=3, num_positions=256, prefix_bytes=0)
     generator = torch.Generator().manual_seed(3)
-    token_ids = torch.randint(0, own.model.vocab_size, (NUM_TOKENS,), generator=generator).tolist()
+    token_ids = torch.randint(0, own.model.vocab_size, (NUM_TOKENS,), generator=generator)
+    tokens_SP = token_ids.numpy()[None].repeat(3, axis=0)
     parts, start = [], 0
     with torch.inference_mode():
-        expected = own.network(torch.tensor([token_ids])).logits[0]
+        expected = own.network(token_ids[None]).logits[0]
         for count in CHUNKS:
-            positions = range(start, start + count)
-            step = network.plan(token_ids[start : start + count], [2] * count, positions)
-            hidden = network.forward(step, latents)
-            parts.append(network.logits(hidden, range(count))[:count])
+            chunks = Chunks(np.array([2]), np.array([start]), np.array([count]))
+            hidden = network.forward(plan(tokens_SP, chunks), cache)
+            parts.append(network.logits(hidden, torch.arange(count))[:count])
             start += count
     assert start == NUM_TOKENS
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)

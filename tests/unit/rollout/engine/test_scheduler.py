@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,30 @@ def test_equal_prompts_are_computed_once(
     again = submit(scheduler, PROMPTS[40])
     run_all(scheduler)
     assert again.result(0).cached_tokens == 0
+
+
+def test_experts_are_those_of_transformers_also_behind_a_kept_prompt(
+    saved: Callable, scheduler_of: Callable, submit: Callable, run_all: Callable
+):
+    own = saved("yarn")
+    scheduler = scheduler_of(own, num_slots=6, prefill_tokens=50, records_experts=True)
+    futures = [
+        submit(
+            scheduler, PROMPTS[n], seed=seed, max_new_tokens=10 + 9 * seed, experts_from=7 * seed
+        )
+        for n in (70, 35)
+        for seed in range(4)
+    ]
+    others = submit(scheduler, PROMPTS[20])
+    run_all(scheduler)
+    assert others.result(0).experts is None
+    for future in futures:
+        completion = future.result(0)
+        prompt, first = completion.asked.prompt, completion.asked.experts_from
+        assert completion.cached_tokens == (len(prompt) - 1 if completion.asked.seed else 0)
+        expected = own.experts([*prompt, *completion.token_ids])[first:]
+        measured = np.frombuffer(completion.experts, dtype=np.int32).reshape(expected.shape)
+        np.testing.assert_array_equal(np.sort(measured), expected.sort().values)
 
 
 def test_prefixes_beyond_the_memory_limit_are_forgotten_oldest_first(

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,3 +247,24 @@ def test_bad_flags_get_one_sentence(saved: Callable, tmp_path: Path):
     check_flags(parse_flags(["--model-path", folder, "--host", "0.0.0.0", "--api-key", "k"]))
     for host in ("127.0.0.1", "::1", "localhost"):
         check_flags(parse_flags(["--model-path", folder, "--host", host]))
+
+
+def test_routed_experts_are_answered_when_server_and_request_say_so(
+    saved: Callable, start_server: Callable
+):
+    own = saved("yarn")
+    body = {"input_ids": [3, 4, 5], "return_routed_experts": True}
+    body["sampling_params"] = {"max_new_tokens": 20, "ignore_eos": True}
+    status, answer = start_server(own.folder).call("/generate", body)
+    assert status == 400
+    assert "--enable-return-routed-experts" in answer["error"]["message"]
+    server = start_server(own.folder, "--enable-return-routed-experts")
+    for start in (0, 2):
+        answer = server.call("/generate", {**body, "routed_experts_start_len": start})[1]
+        expected = own.experts([3, 4, 5, *answer["output_ids"]])[start:]
+        ids = np.frombuffer(b64decode(answer["meta_info"]["routed_experts"]), dtype=np.int32)
+        np.testing.assert_array_equal(np.sort(ids.reshape(expected.shape)), expected.sort().values)
+    assert "routed_experts" not in _generate(server, [3, 4, 5])["meta_info"]
+    status, answer = server.call("/generate", {**body, "routed_experts_start_len": 4})
+    assert status == 400
+    assert "[0, 3]" in answer["error"]["message"]

@@ -53,6 +53,20 @@ class Saved:
             logits = self.network(torch.tensor([list(token_ids)])).logits[0]
         return torch.log_softmax(logits.double() / temperature, dim=-1)
 
+    def experts(self, token_ids: Sequence[int]) -> Tensor:
+        """(token, layer, expert) of every token but the last, as an engine answers them."""
+        chosen: list[Tensor] = []
+        layers = self.network.model.layers
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda *call: chosen.append(call[-1][2]))
+            for layer in layers[self.model.first_k_dense_replace :]
+        ]
+        self.logprobs(token_ids[:-1])
+        for hook in hooks:
+            hook.remove()
+        dense = [torch.zeros_like(chosen[0])] * self.model.first_k_dense_replace
+        return torch.stack([*dense, *chosen], dim=1)
+
     def response_logprobs(
         self, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
     ) -> Tensor:

@@ -1,0 +1,74 @@
+"""DeepSeek-V3's routed experts (arXiv 2412.19437): every token through its chosen few.
+
+Tokens are sorted by expert; padding rows bring every expert to a multiple of ``EXPERT_ROWS``, so
+that one grouped product does all of them and a token's bits ignore who else chose its expert.
+
+Legend: N tokens, D hidden, E experts, K experts per token, S = N * K rows and padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from r1mega.config.schema import Model
+from r1mega.rollout.engine.weights import MlpWeights, MoeWeights
+
+EXPERT_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The experts of every token, likeliest first, and the weight of each."""
+
+    experts_NK: Tensor
+    weights_NK: Tensor
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """SwiGLU of (..., 2 * width), gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def route(model: Model, moe: MoeWeights, x_ND: Tensor) -> Routed:
+    """A group of experts is scored by its two best, as Hugging Face does."""
+    scores_NE = functional.linear(x_ND, moe.router).sigmoid()
+    choice_NE = scores_NE + moe.router_bias
+    if model.topk_group < model.n_group:
+        grouped = choice_NE.unflatten(-1, (model.n_group, -1))
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        kept = group_scores.topk(model.topk_group, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+        choice_NE = grouped.masked_fill(dropped[:, :, None], float("-inf")).flatten(1)
+    experts_NK = choice_NE.topk(model.num_experts_per_tok, dim=-1).indices
+    weights_NK = scores_NE.gather(1, experts_NK)
+    weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routed(experts_NK, weights_NK * model.routed_scaling_factor)
+
+
+def mix(experts: MlpWeights, routed: Routed, x_ND: Tensor) -> Tensor:
+    """The weighted sum of what the chosen experts make of each token."""
+    chosen = routed.experts_NK.flatten()
+    num_experts = len(experts.gate_up)
+    counts_E = chosen.bincount(minlength=num_experts)
+    padding_E = -counts_E % EXPERT_ROWS
+    padding = torch.arange(num_experts).repeat_interleave(padding_E)
+    order_S = torch.cat([chosen, padding]).argsort(stable=True)
+    row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
+    token_S = (order_S // routed.experts_NK.shape[1]).clamp_(max=len(x_ND) - 1)
+    ends_E = (counts_E + padding_E).cumsum(0).to(torch.int32)
+    inner_SF = gated(_grouped(x_ND.index_select(0, token_S), experts.gate_up, ends_E))
+    y_SD = _grouped(inner_SF, experts.down, ends_E)
+    return functional.embedding_bag(
+        row_S[: len(chosen)].view_as(routed.experts_NK),
+        y_SD,
+        mode="sum",
+        per_sample_weights=routed.weights_NK,
+    )
+
+
+def _grouped(x_SK: Tensor, weights_EFK: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows up to ``ends_E[e]`` that are not of an earlier expert times the weights of expert e."""
+    return functional.grouped_mm(x_SK, weights_EFK.transpose(1, 2), offs=ends_E)

@@ -179,12 +179,6 @@ def _replay_routing(model: Model, learner: Learner) -> Iterator[str]:
             f"algorithm.replay_routing=true, but none of the {model.num_hidden_layers} layers of "
             f"this {model.architecture} model routes to experts; use false"
         )
-    if learner.recompute == "selective" and "moe" in learner.recompute_modules:
-        yield (
-            "algorithm.replay_routing=true: megatron-core recomputes the module 'moe' without "
-            "saying for which microbatch; take it out of learner.recompute_modules, "
-            "or use learner.recompute=full"
-        )
     if learner.megatron.get("moe_router_fusion"):
         yield (
             "algorithm.replay_routing=true: megatron-core's fused router cannot be told what to "

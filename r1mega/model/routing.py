@@ -6,13 +6,14 @@ away: a router chooses the recorded experts and weighs them by its own scores, w
 
 Megatron hands ``packed_seq_params`` to every layer, in the forward pass and again whenever a layer
 is recomputed in the backward pass, when other microbatches have run in between. So this travels
-with it. (megatron-core 0.16.1's RouterReplay keeps a queue per router instead, which is right only
-in step with the pipeline's schedule; of it we use the hook, ``router.router_replay``.)
+with it. (megatron-core 0.16.1's own RouterReplay keeps ids in routers, and the schedule would have
+to switch them between forward and backward; of it we use the hook, ``router.router_replay``.)
 
 Shapes: T tokens of a microbatch, S this tensor-parallel rank's shard of them, M the MoE layers of
 this rank's pipeline stage, K experts per token, E experts.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,8 +58,12 @@ class RouterGuide:
         self._place = place
         self._group = group
         self._packing: Packing | None = None
+        # Recomputing the experts alone begins behind the layer's door: the backward passes of a
+        # chunk come in the order of its forward passes.
+        self._to_recompute: deque[Packing] = deque()
         router = layer.mlp.router
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        router.register_forward_pre_hook(self._enter_recompute)
         router.register_forward_hook(self._uncount_padding)
         router.router_replay = self
 
@@ -84,6 +89,12 @@ class RouterGuide:
 
     def _enter(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self._packing = kwargs["packed_seq_params"]
+        if layer.training and layer.mlp.moe_layer_recompute:
+            self._to_recompute.append(self._packing)
+
+    def _enter_recompute(self, router: Any, _: Any) -> None:
+        if self._to_recompute and torch.is_grad_enabled():
+            self._packing = self._to_recompute.popleft()
 
     def _uncount_padding(self, router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
         """Take padding out of the expert load that moves expert_bias.

@@ -141,5 +141,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right in the dtype of total."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # no such product on a CPU: rounded to the dtype of left and right first
         total += left @ right

@@ -16,11 +16,13 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from r1mega.config import schema
+from r1mega.config.derived import MtpMode
 from r1mega.config.flops import crossover_tokens
 from r1mega.learner.microbatch import Microbatch, common_tokens, make_microbatch
+from r1mega.learner.mtp import MtpLoss
 from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
 from r1mega.learner.packing import Partition, pack
-from r1mega.learner.pipeline import Loss, LossOutput, run_pipeline
+from r1mega.learner.pipeline import Auxiliary, Loss, LossOutput, run_pipeline
 from r1mega.learner.routed_experts import fetch_expert_ids
 from r1mega.model.build import build_model
 from r1mega.model.routing import routers
@@ -30,7 +32,7 @@ from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
 from r1mega.records import Batch
 from r1mega.weights.local import LocalWeights, hf_tensors, initialize, local_weights
-from r1mega.weights.names import Spec
+from r1mega.weights.names import Spec, hf_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,7 @@ class Learner:
     weights: LocalWeights
     chunks: list[DistributedDataParallel]
     optimizer: Any
+    auxiliary: Auxiliary | None  # of the MTP layers
 
     def update(self, batch: Batch, loss: Loss, *, lr: float) -> dict[str, float]:
         """One optimizer step on ``batch``: ``learner/*`` metrics and the loss's own, reduced.
@@ -100,8 +103,12 @@ class Learner:
             self.weights.swap(reference)
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end."""
-        return hf_tensors(self.weights, device=self.backend.device)
+        """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end.
+
+        Without its MTP layers: engines sample from the trunk.
+        """
+        policy = hf_shapes(self.weights.model)
+        return hf_tensors(self.weights, policy, device=self.backend.device)
 
     def pack(self, batch: Batch) -> Partition:
         """Which sequences go to which rank and microbatch: the same answer on every rank."""
@@ -169,6 +176,7 @@ class Learner:
             loss=loss,
             temperature=self.temperature,
             chunk_tokens=self.settings.logprob_chunk_tokens,
+            auxiliary=self.auxiliary,
         )
 
     def _reduce(self, outputs: list[LossOutput], counted: dict[str, float]) -> dict[str, float]:
@@ -204,26 +212,30 @@ def open_learner(
     *,
     temperature: float,
     seed: int,
+    mtp: MtpMode = "none",
 ) -> Learner:
     """Build, fill (``model.init``) and wrap this rank's part of the policy and its optimizer."""
     options = BuildOptions(
         precision=settings.precision,
         layer_spec=settings.layer_spec,
         recompute=settings.recompute,
+        recompute_modules=settings.recompute_modules,
         dispatcher=settings.dispatcher,
         grouped_gemm=settings.grouped_gemm,
         fp8=settings.fp8,
         expert_bias_update_rate=settings.expert_bias_update_rate,
+        mtp=mtp,
         megatron=settings.megatron,
     )
     config, raw_chunks = build_model(model, groups, options, device=backend.device)
     spec = Spec(
         fused_norms=settings.layer_spec == "transformer_engine",
         grouped_experts=settings.grouped_gemm,
+        mtp=mtp != "none",
     )
     weights = local_weights(model, groups.layout, groups.rank, raw_chunks, spec)
     initialize(weights, model.init, seed=seed)
-    chunks = wrap_chunks(config, raw_chunks, overlap=settings.overlap_grad_reduce)
+    chunks = wrap_chunks(config, raw_chunks, settings)
     optimizer = open_optimizer(config, chunks, settings)
     return Learner(
         groups=groups,
@@ -233,6 +245,7 @@ def open_learner(
         weights=weights,
         chunks=chunks,
         optimizer=optimizer,
+        auxiliary=MtpLoss(weight=settings.mtp_loss_weight) if spec.mtp else None,
     )
 
 

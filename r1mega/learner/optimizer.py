@@ -7,32 +7,35 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.learner.pipeline import sum_gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wrap_chunks(
-    config: MLATransformerConfig, chunks: Sequence[torch.nn.Module], *, overlap: bool
+    config: TransformerConfig, chunks: Sequence[torch.nn.Module], learner: schema.Learner
 ) -> list[DistributedDataParallel]:
-    """Megatron's DDP around filled chunks: gradients are summed in fp32 and sharded over dp."""
+    """Megatron's DDP around filled chunks: gradients are summed and sharded over dp."""
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=learner.gradients == "fp32",
         use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
+        overlap_grad_reduce=learner.overlap_grad_reduce,
         check_for_nan_in_grad=False,  # the learner checks loss and norm, and says more
     )
     return [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
 
 
 def open_optimizer(
-    config: MLATransformerConfig, chunks: list[DistributedDataParallel], learner: schema.Learner
+    config: TransformerConfig, chunks: list[DistributedDataParallel], learner: schema.Learner
 ) -> Any:
     """AdamW with fp32 master weights sharded over dp, and the schedule's hooks on ``config``."""
+    offload, bf16 = learner.optimizer_offload > 0, learner.precision == "bf16"
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -42,9 +45,17 @@ def open_optimizer(
             adam_beta2=learner.adam_beta2,
             adam_eps=learner.adam_eps,
             clip_grad=learner.clip_grad,
-            bf16=learner.precision == "bf16",
+            bf16=bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
+            # When offloading it spares the device a second copy of the masters.
+            use_precision_aware_optimizer=learner.precision_aware_optimizer or (offload and bf16),
+            main_grads_dtype=_DTYPES[learner.gradients],
+            exp_avg_dtype=_DTYPES[learner.moments],
+            exp_avg_sq_dtype=_DTYPES[learner.moments],
+            optimizer_cpu_offload=offload,
+            optimizer_offload_fraction=learner.optimizer_offload,
+            overlap_cpu_optimizer_d2h_h2d=offload,
         ),
         chunks,
     )
@@ -70,15 +81,16 @@ def apply_gradients(optimizer: Any, *, lr: float, weight_decay: float) -> float:
 def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> dict[str, Tensor]:
     """This rank's ungathered part: per parameter its flat range, fp32 weights and moments.
 
-    Keys are ``<chunk>/<parameter>/<exp_avg | exp_avg_sq | param | step | range>``.
+    Keys are ``<chunk>/<parameter>/<exp_avg | exp_avg_sq | param | step | range>``; ``param`` of the
+    precision-aware optimizer is what the bf16 weights lack of fp32.
     """
     state: dict[str, Tensor] = {}
     for owned in _owned(optimizer, chunks):
         if not owned.moments:
             continue  # before the first update there is nothing to keep
-        step = owned.step_holder()["step"]
+        step = owned.counter["step"]
         state[f"{owned.key}/range"] = torch.tensor(owned.span)
-        state[f"{owned.key}/param"] = owned.main.detach().clone()
+        state[f"{owned.key}/param"] = owned.master.detach().clone()
         state[f"{owned.key}/step"] = torch.as_tensor(step, dtype=torch.float32).reshape(1)
         for name in MOMENTS:
             state[f"{owned.key}/{name}"] = owned.moments[name].clone()
@@ -100,7 +112,10 @@ def load_optimizer_state(
                 f"the optimizer state of {key} covers elements {saved} but this rank owns "
                 f"{owned.span}: the checkpoint was written under another layout"
             )
-        owned.main.copy_(state[f"{key}/param"])
+        if owned.main.dtype == torch.float32:
+            owned.main.copy_(state[f"{key}/param"])
+        else:
+            owned.moments["master_param"] = state[f"{key}/param"].to(owned.main.device).clone()
         owned.restore_step(state[f"{key}/step"])
         for name in MOMENTS:
             owned.moments[name] = state[f"{key}/{name}"].to(owned.main.device).clone()
@@ -112,20 +127,23 @@ class _Owned:
 
     key: str
     span: tuple[int, int]  # flat range in the parameter
-    main: Tensor  # its fp32 weights
+    main: Tensor  # what the inner optimizer updates: fp32, or bf16 when it keeps masters itself
     moments: dict[str, Any]  # the inner optimizer's state
     group: dict[str, Any]  # the inner optimizer's parameter group
+    counts_alone: bool  # torch's AdamW counts updates per parameter, FusedAdam per group
 
-    def step_holder(self) -> dict[str, Any]:
-        """torch's AdamW counts updates per parameter, TransformerEngine's FusedAdam per group."""
-        return self.group if "step" in self.group else self.moments
+    @property
+    def master(self) -> Tensor:
+        master: Tensor = self.moments.get("master_param", self.main)
+        return master
+
+    @property
+    def counter(self) -> dict[str, Any]:
+        return self.moments if self.counts_alone else self.group
 
     def restore_step(self, step: Tensor) -> None:
-        if "step" in self.group:
-            self.group["step"] = int(step.item())
-        else:
-            # A tensor of its own: a shared one would count once per parameter.
-            self.moments["step"] = step.reshape(()).clone()
+        # A tensor of its own: a shared one would count once per parameter.
+        self.counter["step"] = step.reshape(()).clone() if self.counts_alone else int(step.item())
 
 
 def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterator[_Owned]:
@@ -135,14 +153,25 @@ def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterato
         for name, parameter in chunk.named_parameters()
     }
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        outer = part.optimizer
+        hybrid = isinstance(outer, HybridDeviceOptimizer)
+        holders = {
+            id(main): (main, inner.state[main], group, isinstance(inner, torch.optim.AdamW))
+            for inner in (outer.sub_optimizers if hybrid else [outer])
+            for group in inner.param_groups
+            for main in group["params"]
+        }
         for parameter, (group, order) in part.model_param_group_index_map.items():
             span = part._get_model_param_range_map(parameter)["param"]
-            inner_group = part.optimizer.param_groups[group]
-            main = inner_group["params"][order]
+            shard = outer.param_groups[group]["params"][order]
+            main, moments, inner_group, counts_alone = holders[
+                id(outer.param_to_inner_param[shard] if hybrid else shard)
+            ]
             yield _Owned(
                 key=names[parameter],
                 span=(span.start, span.end),
                 main=main,
-                moments=part.optimizer.state[main],
+                moments=moments,
                 group=inner_group,
+                counts_alone=counts_alone,
             )

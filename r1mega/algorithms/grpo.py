@@ -43,6 +43,7 @@ def train(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         kl_coef=algorithm.kl_coef,
+        entropy_coef=algorithm.entropy_coef,
         ratio=algorithm.ratio,
         importance_cap=algorithm.importance_cap,
     )

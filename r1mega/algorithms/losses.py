@@ -21,7 +21,7 @@ def next_token_loss(logprobs_R: Tensor, entropies_R: Tensor, batch: Microbatch) 
     """Weighted negative log-likelihood (SFT, pretraining)."""
     return LossOutput(
         loss=-(batch.weight_R * logprobs_R).sum(),
-        sums={"policy/entropy": (batch.weight_R * entropies_R).sum()},
+        sums={"policy/entropy": (batch.weight_R * entropies_R.detach()).sum()},
     )
 
 
@@ -30,14 +30,16 @@ class ClippedSurrogate:
     """GRPO's objective (DeepSeek-R1, arXiv 2501.12948, eq. 1-2), negated.
 
     Per token or, with ``ratio="sequence"``, with the whole response's ratio:
-    min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef * k3, rho = policy now / policy
-    at sampling time. ``importance_cap`` multiplies by min(policy / sampler, cap), which corrects
-    for engines that compute other numbers than the learner (truncated importance sampling).
+    min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef * k3 + entropy_coef * entropy,
+    rho = policy now / policy at sampling time. ``importance_cap`` multiplies by min(policy /
+    sampler, cap), which corrects for engines that compute other numbers than the learner (truncated
+    importance sampling).
     """
 
     clip_low: float
     clip_high: float
     kl_coef: float
+    entropy_coef: float = 0.0
     ratio: Literal["token", "sequence"] = "token"
     importance_cap: float | None = None
 
@@ -66,12 +68,15 @@ class ClippedSurrogate:
         kl_R = torch.zeros_like(logprobs_R)
         if len(batch.reference_logprobs_R):
             kl_R = k3(logprobs_R, batch.reference_logprobs_R)
+        objective_R = gain_R - self.kl_coef * kl_R
+        if self.entropy_coef:
+            objective_R = objective_R + self.entropy_coef * entropies_R
         rho_R = rho_R.detach()
         return LossOutput(
-            loss=-(weight_R * (gain_R - self.kl_coef * kl_R)).sum(),
+            loss=-(weight_R * objective_R).sum(),
             sums=sums
             | {
-                "policy/entropy": (weight_R * entropies_R).sum(),
+                "policy/entropy": (weight_R * entropies_R.detach()).sum(),
                 "policy/kl": (weight_R * kl_R.detach()).sum(),
                 "policy/ratio_mean": (weight_R * rho_R).sum(),
                 "policy/clip_fraction": (weight_R * is_clipped_R).sum(),

@@ -34,7 +34,8 @@ _AT_LEAST_ZERO = """
     learner.lr learner.min_lr learner.warmup_steps learner.weight_decay learner.clip_grad
     learner.expert_bias_update_rate learner.mtp_loss_weight
     rollout.later_from_step rollout.max_restarts data.held_out rewards.accuracy rewards.format
-    algorithm.clip_low algorithm.clip_high algorithm.kl_coef algorithm.reference_refresh_steps
+    algorithm.clip_low algorithm.clip_high algorithm.kl_coef algorithm.entropy_coef
+    algorithm.reference_refresh_steps
     stage.eval_every stage.eval_temperature run.sample_rows
     cluster.engine_nodes cluster.gpus_per_engine
 """

@@ -235,6 +235,8 @@ class Algorithm:
     """rho is clipped from above at 1 + clip_high."""
     kl_coef: float = 0.001
     """Weight of the k3 estimator against the reference; 0 skips the reference pass."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy in the objective (R1: none)."""
     ratio: Literal["token", "sequence"] = "token"
     normalize: Literal["sample", "token"] = "sample"
     """sample: mean over tokens, then over samples. token: mean over all tokens of the batch."""

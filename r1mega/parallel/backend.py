@@ -59,7 +59,7 @@ def prefer_onednn() -> None:
     The switch that selects it permits bf16 arithmetic too. oneDNN makes use of that where there is
     AMX; on such a CPU the switch is put back.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     usual, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     sample = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     exact = sample.double() @ sample.double()

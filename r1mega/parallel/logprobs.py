@@ -64,7 +64,7 @@ class _FusedLogprobs(torch.autograd.Function):
         grad_T = grad_logprob_T / ctx.temperature
         slope_T = grad_entropy_T / ctx.temperature if grad_entropy_T.any() else None
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=top_T.dtype)
-        grad_weight_VH = torch.empty_like(weight_VH)
+        grad_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
         for columns in _slices(len(weight_VH), VOCAB_BLOCK):
             weight_BH = weight_VH[columns]
             grad_BH = torch.zeros_like(weight_BH, dtype=top_T.dtype)
@@ -81,8 +81,10 @@ class _FusedLogprobs(torch.autograd.Function):
                 grad_CB.scatter_add_(-1, column_C[:, None], (grad_T[rows] * mine_C)[:, None])
                 grad_CB = grad_CB.to(weight_BH.dtype)
                 _add_product(grad_hidden_TH[rows], grad_CB, weight_BH)
-                _add_product(grad_BH, grad_CB.T, hidden_TH[rows])
-            grad_weight_VH[columns] = grad_BH
+                if grad_weight_VH is not None:
+                    _add_product(grad_BH, grad_CB.T, hidden_TH[rows])
+            if grad_weight_VH is not None:
+                grad_weight_VH[columns] = grad_BH
         return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH, None, None, None, None
 
 

@@ -120,6 +120,18 @@ def test_kl_is_the_k3_estimator() -> None:
     assert result.loss.item() == pytest.approx(-(0.5 - 1.0) + 0.1 * kl)
 
 
+def test_entropy_raises_the_objective_and_is_reported_without_gradient() -> None:
+    entropies = leaf(0.1, 0.2, 0.3)
+    loss = ClippedSurrogate(clip_low=0.2, clip_high=0.2, kl_coef=0.0, entropy_coef=0.1)
+    result = loss(leaf(-1.0, -2.0, -3.0), entropies, microbatch())
+    result.loss.backward()
+    entropy = 0.25 * 0.3 + 0.5 * 0.3
+    assert result.loss.item() == pytest.approx(-(0.5 - 1.0) - 0.1 * entropy)
+    assert entropies.grad.tolist() == pytest.approx([-0.025, -0.025, -0.05])
+    assert result.sums["policy/entropy"].item() == pytest.approx(entropy)
+    assert not result.sums["policy/entropy"].requires_grad
+
+
 def test_truncated_importance_sampling_caps_the_correction() -> None:
     # policy / sampler: e^0.4 -> capped at 1.2; e^-0.3; 1
     batch = microbatch(policy_logprobs=(-0.6, -2.3, -3.0))

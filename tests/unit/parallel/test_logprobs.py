@@ -109,6 +109,16 @@ def test_equal_logits_are_uniform() -> None:
     assert entropies.tolist() == pytest.approx([log(V)] * T)
 
 
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    ours, reference = inputs(), inputs()
+    for leaves in (ours, reference):
+        leaves[1].requires_grad_(False)
+    backward(fused(*ours))
+    backward(full(*reference))
+    assert_close(ours[0].grad, reference[0].grad, rtol=1e-10, atol=1e-13)
+    assert ours[1].grad is None
+
+
 def test_no_targets() -> None:
     _, weight, _ = inputs(torch.float32)
     hidden = torch.zeros(0, H, requires_grad=True)

@@ -58,6 +58,14 @@ def _network(config: Config) -> Iterator[Row]:
         f"{count_parameters(model, active=True):,}",
         f"{model.num_experts_per_tok} of {model.n_routed_experts} experts",
     )
+    if model.num_nextn_predict_layers:
+        yield from _mtp(config)
+
+
+def _mtp(config: Config) -> Iterator[Row]:
+    mode = derived.mtp_mode(config.learner, config.stage)
+    how = {"none": "left out", "joint": "train the trunk too", "detached": "train beside the trunk"}
+    yield "MTP layers, not counted", f"{config.model.num_nextn_predict_layers}", how[mode]
 
 
 def _work(config: Config) -> Iterator[Row]:

@@ -4,14 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
-from r1mega.config.derived import num_nodes
+from r1mega.config.derived import mtp_mode, num_nodes
 from r1mega.config.schema import Cluster, Config, Learner, Model
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.rollout.replay import rollout_numbers
 from r1mega.system import processes
-from r1mega.weights.names import hf_shapes
+from r1mega.weights.names import Spec, hf_shapes
 from r1mega.weights.slices import SliceReader
 
 
@@ -32,7 +32,8 @@ def check_inputs(verb: str, config: Config) -> None:
         else:
             rollout_numbers(Path(config.rollout.replay))
         if config.model.init != "random":
-            _check_weights(Path(config.model.init), config.model)
+            mtp = mtp_mode(config.learner, config.stage) != "none"
+            _check_weights(Path(config.model.init), config.model, Spec(mtp=mtp))
     except (ValueError, OSError) as error:
         raise JobFailed(str(error)) from error
 
@@ -75,12 +76,12 @@ def check_machines(cluster: Cluster) -> None:
             )
 
 
-def _check_weights(folder: Path, model: Model) -> None:
+def _check_weights(folder: Path, model: Model, spec: Spec) -> None:
     if not folder.is_dir():
         raise ValueError(
             f"model.init={folder} is not there: run the stage that writes it first, or correct "
             "the path"
         )
     with SliceReader(folder) as reader:
-        for name, shape in hf_shapes(model).items():
+        for name, shape in hf_shapes(model, spec).items():
             reader.check(name, shape)

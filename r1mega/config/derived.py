@@ -4,8 +4,9 @@ Pure arithmetic on sections that passed ``checks``; nothing here is a key, so no
 """
 
 from math import ceil
+from typing import Literal
 
-from r1mega.config.schema import Algorithm, Cluster, Data, Parallel, Rollout, Stage
+from r1mega.config.schema import Algorithm, Cluster, Data, Learner, Parallel, Rollout, Stage
 
 
 def world_size(cluster: Cluster) -> int:
@@ -43,6 +44,16 @@ def spread_layers(
     head = () if first is None else (first,)
     tail = () if last is None else (last,)
     return (*head, *(share,) * middle, *tail)
+
+
+MtpMode = Literal["none", "joint", "detached"]
+
+
+def mtp_mode(learner: Learner, stage: Stage) -> MtpMode:
+    """Whether MTP layers are trained, and whether their loss also moves the trunk."""
+    if learner.mtp_loss_weight == 0 or stage.kind == "eval":
+        return "none"
+    return "joint" if stage.kind == "sft" else "detached"
 
 
 def samples_per_step(algorithm: Algorithm) -> int:

@@ -33,11 +33,17 @@ class LossOutput:
 
 
 class Loss(Protocol):
-    """Log-probs (with gradient) and entropies of a microbatch's targets [R] to its loss."""
+    """Log-probs and entropies of a microbatch's targets [R], both with gradient, to its loss."""
 
     def __call__(
         self, logprobs_R: Tensor, entropies_R: Tensor, batch: Microbatch
     ) -> LossOutput: ...
+
+
+class Auxiliary(Protocol):
+    """A loss beside the policy's, of further log-probs that the model returns for the targets."""
+
+    def __call__(self, logprobs_DR: Tensor, batch: Microbatch) -> LossOutput: ...
 
 
 def run_pipeline(
@@ -47,11 +53,12 @@ def run_pipeline(
     loss: Loss | None,
     temperature: float,
     chunk_tokens: int,
+    auxiliary: Auxiliary | None = None,
 ) -> list[Any]:
     """Forward (and backward when there is a loss) of all microbatches.
 
-    Returns, on the last stage, one entry per microbatch in order: its LossOutput without the loss,
-    or without a loss its log-probs [R]. Other stages return [].
+    Returns, on the last stage, one entry per microbatch in order: its LossOutput (the loss without
+    the auxiliary one), or without a loss its log-probs [R]. Other stages return [].
     """
 
     def forward_step(
@@ -69,7 +76,7 @@ def run_pipeline(
             temperature=temperature,
             chunk_tokens=chunk_tokens,
         )
-        return out, partial(_finish, microbatch=microbatch, loss=loss)
+        return out, partial(_finish, microbatch=microbatch, loss=loss, auxiliary=auxiliary)
 
     feeds = [iter(microbatches) for _ in chunks]
     return get_forward_backward_func()(
@@ -89,15 +96,15 @@ def sum_gradients(chunks: Any, num_tokens: Tensor | None = None, **kwargs: Any) 
 
 
 def _finish(
-    output_2R: Tensor, *, microbatch: Microbatch, loss: Loss | None
+    rows_NR: Tensor, *, microbatch: Microbatch, loss: Loss | None, auxiliary: Auxiliary | None
 ) -> tuple[Tensor, Tensor, Any]:
-    no_tokens = torch.zeros((), dtype=torch.int, device=output_2R.device)
-    logprobs_R, entropies_R = output_2R.unbind(0)
+    no_tokens = torch.zeros((), dtype=torch.int, device=rows_NR.device)
+    logprobs_R, entropies_R = rows_NR[:2]
     if loss is None:
-        return output_2R.sum() * 0.0, no_tokens, logprobs_R.detach()
-    result = loss(logprobs_R, entropies_R.detach(), microbatch)
-    return (
-        result.loss,
-        no_tokens,
-        LossOutput(loss=result.loss.detach(), sums=result.sums, maxima=result.maxima),
-    )
+        return rows_NR.sum() * 0.0, no_tokens, logprobs_R.detach()
+    result = loss(logprobs_R, entropies_R, microbatch)
+    total, sums, maxima = result.loss, result.sums, result.maxima
+    if auxiliary is not None:
+        beside = auxiliary(rows_NR[2:], microbatch)
+        total, sums, maxima = total + beside.loss, sums | beside.sums, maxima | beside.maxima
+    return total, no_tokens, LossOutput(loss=result.loss.detach(), sums=sums, maxima=maxima)

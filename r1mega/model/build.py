@@ -5,11 +5,15 @@ of the target tokens; output weight and log-prob are fused in chunks, so full lo
 Shapes: T packed tokens, R target rows, H hidden, E experts.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,7 +29,15 @@ from r1mega.parallel.logprobs import vocab_parallel_logprobs
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk of the policy."""
+    """One pipeline chunk of the policy, on the last stage with its MTP layers, if there are any."""
+
+    def __init__(self, *args: Any, detaches_mtp: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.detaches_mtp = detaches_mtp
+        if self.mtp_process and detaches_mtp:
+            for parameter in self.mtp.parameters():
+                # Megatron's word for "not in the gradient norm": clipping must not depend on it.
+                parameter.shared = True
 
     def forward(
         self,
@@ -44,39 +56,77 @@ class PolicyModel(GPTModel):
 
         ``rows_L`` are the tokens of this context-parallel rank whose next one is ``targets_L``, a
         part of the R targets of the microbatch: their ``places_L`` among ``num_rows``.
+
+        In passes with gradient a further row follows for each of D MTP layers, [2 + D, R]: the d-th
+        predicts the same targets from d tokens further back; 0 where a sequence has none.
         """
-        hidden = super().forward(
+        output = super().forward(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
             attention_mask=None,
             packed_seq_params=packed,
         )
         if not self.post_process:
-            return hidden
+            return output
+        head = partial(
+            self._head, targets_L=targets_L, temperature=temperature, chunk_tokens=chunk_tokens
+        )
+        trunk, *ahead = output
+        rows = list(head(trunk, rows_L))
+        for depth, hidden in enumerate(ahead, start=1):
+            logprobs_L, _ = head(hidden, (rows_L - depth).clamp(min=0), detach=self.detaches_mtp)
+            rows.append(logprobs_L.masked_fill(positions_T[rows_L] < depth, 0.0))
+        return gather_rows(torch.stack(rows), places_L, num_rows, self.pg_collection.cp)
+
+    def _head(
+        self, hidden: Tensor, rows_L: Tensor, *, targets_L: Tensor, detach: bool = False, **how: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [L] from the hidden states at ``rows_L``."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        logprobs_L, entropies_L = vocab_parallel_logprobs(
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return vocab_parallel_logprobs(
             hidden[:, 0].index_select(0, rows_L),
-            self._head(),
+            weight.detach() if detach else weight,
             targets_L,
-            temperature=temperature,
-            chunk_tokens=chunk_tokens,
             group=self.pg_collection.tp,
+            **how,
         )
-        rows_2L = torch.stack([logprobs_L, entropies_L])
-        return gather_rows(rows_2L, places_L, num_rows, self.pg_collection.cp)
 
-    def _head(self) -> Tensor:
-        """This rank's rows of the output weight."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        packed_seq_params: Packing,
+        **_: Any,
+    ) -> Tensor | list[Tensor]:
+        """Upstream makes logits here; we hand out the hidden states, of MTP layers too (DeepSeek-V3
+        report, arXiv 2412.19437, eq. 21-22)."""
+        if not self.post_process:
+            return hidden_states
+        if not self.mtp_process or not torch.is_grad_enabled():
+            return [hidden_states]
+        trunk, embedding = hidden_states, self.embedding
+        if self.detaches_mtp:
+            trunk = hidden_states.detach().requires_grad_()  # or recompute would see no gradient
 
-    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        """Upstream makes logits here; we hand out the hidden states."""
-        return hidden_states
+            def embedding(**tokens: Tensor) -> Tensor:
+                return self.embedding(**tokens).detach()
+
+        stacked = self.mtp(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            hidden_states=trunk,
+            attention_mask=None,
+            packed_seq_params=packed_seq_params,
+            embedding=embedding,
+        )
+        return [hidden_states, *stacked.chunk(1 + len(self.mtp.layers))[1:]]
 
 
 def build_model(
@@ -98,9 +148,10 @@ def build_model(
     num_chunks = layout.vpp or 1
     for chunk in range(num_chunks):
         vp_stage = chunk if layout.vpp else None
+        decoder, mtp = _specs(config, model, options, vp_stage)
         policy = PolicyModel(
             config,
-            _spec(config, model, options, vp_stage),
+            decoder,
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=groups.place["pp"] == 0 and chunk == 0,
@@ -109,6 +160,8 @@ def build_model(
             rotary_base=model.rope_theta,
             share_embeddings_and_output_weights=model.tie_word_embeddings,
             parallel_output=True,
+            mtp_block_spec=mtp,
+            detaches_mtp=options.mtp == "detached",
             vp_stage=vp_stage,
         ).to(device)
         if network.is_dense(model) and model.rope_scaling is not None:
@@ -151,12 +204,17 @@ def _in_bf16(config: TransformerConfig, policy: PolicyModel) -> torch.nn.Module:
     return wrapped
 
 
-def _spec(
+def _specs(
     config: TransformerConfig, model: schema.Model, options: BuildOptions, vp_stage: int | None
-) -> Any:
+) -> tuple[Any, Any]:
+    """Of the decoder's layers, and of the MTP layers where there are any."""
     if options.layer_spec == "local":
         has_bias = network.has_attention_output_bias(model)
-        return local_spec.decoder_spec(config, vp_stage, attention_output_bias=has_bias)
-    return get_gpt_decoder_block_spec(
+        decoder = local_spec.decoder_spec(config, vp_stage, attention_output_bias=has_bias)
+        return decoder, local_spec.mtp_spec(config, decoder, vp_stage)
+    decoder = get_gpt_decoder_block_spec(
         config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    return decoder, get_gpt_mtp_block_spec(
+        config, decoder, use_transformer_engine=True, vp_stage=vp_stage
     )

@@ -136,3 +136,14 @@ def decoder_spec(
         attention.linear_kv_down_proj = multi_latent_attention.TELinear
         attention.linear_q_down_proj = multi_latent_attention.TELinear
     return spec
+
+
+def mtp_spec(config: TransformerConfig, decoder: Any, vp_stage: int | None) -> Any:
+    """The spec of the MTP layers, whose transformer layer is the decoder's last; None elsewhere."""
+    spec = gpt_layer_specs.get_gpt_mtp_block_spec(
+        config, decoder, use_transformer_engine=False, vp_stage=vp_stage
+    )
+    for layer in spec.layer_specs if spec is not None else []:
+        norms = layer.submodules
+        norms.enorm = norms.hnorm = norms.layer_norm = RMSNorm
+    return spec

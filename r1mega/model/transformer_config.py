@@ -1,12 +1,13 @@
 """The network's sizes to megatron-core's configuration: pure translation."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from r1mega.config import network, schema
+from r1mega.config.derived import MtpMode
 from r1mega.parallel.layout import Layout
 
 
@@ -22,8 +23,7 @@ class BuildOptions:
     grouped_gemm: bool = False
     fp8: str = "none"
     expert_bias_update_rate: float = 0.0
-    mtp: Literal["none", "joint", "detached"] = "none"
-    """joint: the MTP layers' loss also moves the trunk; detached: it moves those layers alone."""
+    mtp: MtpMode = "none"
     megatron: dict[str, Any] = field(default_factory=dict)
 
 

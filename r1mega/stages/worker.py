@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from r1mega.config import Config
-from r1mega.config.derived import world_size
+from r1mega.config.derived import mtp_mode, world_size
 from r1mega.learner.learner import Learner, open_learner
 from r1mega.learner.optimizer import load_optimizer_state, optimizer_state
 from r1mega.learner.schedule import learning_rate
@@ -160,6 +160,7 @@ def open_worker(config: Config, backend: Backend) -> Worker:
             backend,
             temperature=temperature,
             seed=config.seed,
+            mtp=mtp_mode(config.learner, config.stage),
         ),
         writer=MetricsWriter(directory, config.run.wandb_project) if groups.rank == 0 else None,
     )

@@ -1,7 +1,7 @@
 """This rank's parameters seen through the table of names: fill them, read them, stream them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -138,15 +138,17 @@ def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def hf_tensors(
-    weights: LocalWeights, *, device: torch.device
+    weights: LocalWeights, names: Iterable[str], *, device: torch.device
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Stream whole Hugging Face tensors to rank 0, one at a time; all ranks iterate to the end.
 
-    Yields (name, tensor) on rank 0 and (name, None) elsewhere, in the order of a forward pass. Each
-    distinct rectangle crosses the network once, from the lowest rank that holds it.
+    ``names`` are some or all of ``weights.owners``. Yields (name, tensor) on rank 0 and (name,
+    None) elsewhere. Each distinct rectangle crosses the network once, from the lowest rank that
+    holds it.
     """
     mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
-    for name, (shape, owners) in weights.owners.items():
+    for name in names:
+        shape, owners = weights.owners[name]
         whole: Tensor | None = None
         for region, owner in owners.items():
             if weights.rank == 0:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed import tiny
 from tests.distributed.launch import run_ranks

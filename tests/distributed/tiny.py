@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from r1mega.config import schema
+from r1mega.config.derived import MtpMode
 from r1mega.model.hf_config import hf_config
 from r1mega.parallel.backend import open_backend
 from r1mega.parallel.groups import Groups, open_groups
@@ -65,6 +66,7 @@ def tiny_learner(
     settings: schema.Learner = SETTINGS,
     temperature: float = 1.0,
     groups: Groups | None = None,
+    mtp: MtpMode = "none",
     **axes: Any,
 ) -> "Learner":
     """The learner on this process's rank; ``axes`` are Layout's sizes but for the world's.
@@ -77,7 +79,7 @@ def tiny_learner(
     if groups is None:
         layout = Layout(world=int(os.environ["WORLD_SIZE"]), **axes)
         groups = open_groups(layout, backend, timeout_s=120, seed=1)
-    return open_learner(model, settings, groups, backend, temperature=temperature, seed=7)
+    return open_learner(model, settings, groups, backend, temperature=temperature, seed=7, mtp=mtp)
 
 
 def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 3) -> Batch:
@@ -114,12 +116,18 @@ def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 
     return Batch(sequences=tuple(sequences))
 
 
-def transformers_model(learner_model: schema.Model, folder: Path) -> Any:
-    """transformers' own network with random weights, biases included, saved under ``folder``."""
+def transformers_model(
+    learner_model: schema.Model, folder: Path, extend: Callable[[Any], None] = lambda network: None
+) -> Any:
+    """transformers' own network with random weights, biases included, saved under ``folder``.
+
+    ``extend`` adds modules to it first.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**hf_config(learner_model), attn_implementation="eager")
     network = AutoModelForCausalLM.from_config(config).eval().float()
+    extend(network)
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -134,16 +142,23 @@ def transformers_model(learner_model: schema.Model, folder: Path) -> Any:
     return network
 
 
-def transformers_gradients(network: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """Gradients of the weighted next-token loss, under the names that save_pretrained writes."""
-    network.zero_grad()
+def next_token_loss(network: Any, batch: Batch) -> torch.Tensor:
+    """The weighted next-token loss of transformers' network."""
     loss = torch.zeros(())
     for s in batch.sequences:
         table = network(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
         targets = torch.tensor(s.token_ids[s.start :])
         rows = torch.arange(s.start - 1, len(s.token_ids) - 1)
         loss = loss - s.weight * table[rows, targets].sum()
-    loss.backward()
+    return loss
+
+
+def transformers_gradients(
+    network: Any, batch: Batch, loss: Callable[[Any, Batch], torch.Tensor] = next_token_loss
+) -> dict[str, torch.Tensor]:
+    """Gradients of ``loss``, under the names that save_pretrained writes."""
+    network.zero_grad()
+    loss(network, batch).backward()
     gradients = {}
     for name, parameter in network.named_parameters():
         stem = name.rpartition(".")[0]
@@ -177,7 +192,7 @@ def gradients(learner: "Learner") -> dict[str, list[float]]:
 
     What is no parameter (the expert bias) has none and is left out. The weights stay as they were.
     """
-    from r1mega.algorithms.losses import next_token_loss
+    from r1mega.algorithms import losses
     from r1mega.learner.pipeline import run_pipeline
 
     for chunk in learner.chunks:
@@ -186,9 +201,10 @@ def gradients(learner: "Learner") -> dict[str, list[float]]:
     run_pipeline(
         learner.chunks,
         learner.microbatches(batch, learner.pack(batch)),
-        loss=next_token_loss,
+        loss=losses.next_token_loss,
         temperature=1.0,
         chunk_tokens=16,
+        auxiliary=learner.auxiliary,
     )
     held = learner.weights.copy_to_host()
     with torch.no_grad():
@@ -201,10 +217,13 @@ def gradients(learner: "Learner") -> dict[str, list[float]]:
 
 
 def weights(learner: "Learner") -> dict[str, list[float]]:
-    """On rank 0 every Hugging Face tensor, flat."""
+    """On rank 0 every Hugging Face tensor, flat, those of MTP layers too."""
+    from r1mega.weights.local import hf_tensors
+
+    held = learner.weights
     return {
         name: tensor.flatten().tolist()
-        for name, tensor in learner.hf_tensors()
+        for name, tensor in hf_tensors(held, held.owners, device=torch.device("cpu"))
         if tensor is not None
     }
 

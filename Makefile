@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 GPU_FREE_TESTS := $(wildcard tests/unit tests/distributed tests/cluster)
 
 # One thread per process: many processes share the cores, and two threads each are slower than one.
@@ -32,7 +33,7 @@ check: $(READY)  ## lint, format, types, floors and unit tests; under two minute
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" tests/unit
 
-bench: $(READY)  ## every benchmark, one JSON line each
+bench: $(PEERS)  ## every benchmark, one JSON line each
 	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
 
 soak: $(READY)  ## the smoke on three seeds; runs/soak/seed_N keeps each
@@ -55,4 +56,9 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable .[dev]
 	$(BIN)/python tests/fetch_sglang_schema.py
+	@touch $@
+
+# What benchmarks compare with: over a gigabyte, most of it triton, that nothing else needs.
+$(PEERS): $(READY)
+	$(BIN)/pip install --quiet --editable .[bench]
 	@touch $@

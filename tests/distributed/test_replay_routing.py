@@ -212,6 +212,7 @@ def found(
                 __name__,
                 "facts",
                 world=world,
+                timeout_s=600,
                 init=str(checkpoint[0]),
                 folder=str(folder),
                 cases=CASES[world],

@@ -140,3 +140,14 @@ def test_truncated_importance_sampling_caps_the_correction() -> None:
     expected = -(0.25 * 1.2 + 0.25 * exp(-0.3) + 0.5 * -2.0)
     assert result.loss.item() == pytest.approx(expected)
     assert result.maxima["mismatch/max"].item() == pytest.approx(0.4)
+
+
+def test_mismatch_beyond_a_factor_of_two_is_outside_the_band() -> None:
+    # policy / sampler: e^0.8, e^-0.6, e^-0.7 with weights 0.25, 0.25, 0.5
+    batch = microbatch(policy_logprobs=(-0.2, -2.6, -3.7))
+    loss = ClippedSurrogate(clip_low=10.0, clip_high=10.0, kl_coef=0.0, importance_cap=1.5)
+    sums = loss(leaf(-0.2, -2.6, -3.7), ENTROPIES, batch).sums
+    assert sums["mismatch/outside_band"].item() == pytest.approx(0.75)
+    assert sums["mismatch/capped"].item() == pytest.approx(0.25)
+    uncapped = ClippedSurrogate(clip_low=10.0, clip_high=10.0, kl_coef=0.0)
+    assert "mismatch/capped" not in uncapped(leaf(-0.2, -2.6, -3.7), ENTROPIES, batch).sums

@@ -11,7 +11,7 @@ import pytest
 from r1mega.cluster import commands
 from r1mega.cluster.errors import FailedRank, failed_rank
 from r1mega.cluster.job import needs_engines
-from r1mega.config import Cluster, Config, Rollout
+from r1mega.config import Algorithm, Cluster, Config, Rollout
 
 
 def options(argv: list[str]) -> dict[str, str]:
@@ -31,6 +31,16 @@ def test_embedded_engine() -> None:
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["TORCHDYNAMO_DISABLE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in environment
+
+
+def test_engines_record_experts_where_they_are_replayed() -> None:
+    for engine in ("embedded", "sglang"):
+        for replay in (False, True):
+            config = Config(
+                rollout=Rollout(engine=engine), algorithm=Algorithm(replay_routing=replay)
+            )
+            argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+            assert ("--enable-return-routed-experts" in argv) is replay
 
 
 def test_engine_model_path_is_absolute() -> None:

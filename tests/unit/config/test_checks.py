@@ -201,6 +201,15 @@ SINGLE = {
     "rollout.steps=4 stage.save_every=6": (
         "stage.save_every=6 must be a multiple of rollout.steps=4"
     ),
+    "LLAMA algorithm.replay_routing=true": (
+        "algorithm.replay_routing=true, but none of the 4 layers of this llama model routes"
+    ),
+    "model.first_k_dense_replace=4 algorithm.replay_routing=true": (
+        "algorithm.replay_routing=true, but none of the 4 layers of this deepseek_v3 model routes"
+    ),
+    "algorithm.replay_routing=true learner.megatron.moe_router_fusion=true": (
+        "algorithm.replay_routing=true: megatron-core's fused router cannot be told what to choose"
+    ),
     "rewards.accuracy=0 rewards.format=0": "rewards.accuracy=0 and rewards.format=0 leave",
     "cluster.learner_nodes=2": "cluster.host=127.0.0.1 cannot be reached from the other 1 nodes",
     "cluster.gpus_per_engine=1": "cluster.gpus_per_engine=1 needs cluster.backend=cuda",

@@ -1,15 +1,18 @@
 """The body we send is SGLang's; an answer that the learner must not train on never gets through."""
 
+import base64
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
-from r1mega.records import VersionRange
+from r1mega.records import Routers, VersionRange
 from r1mega.rollout.client import (
     NEVER_PUBLISHED,
     AttemptFailed,
@@ -107,3 +110,50 @@ def test_answer_without_tokens_is_refused() -> None:
 def test_abort_may_be_tried_again() -> None:
     with pytest.raises(AttemptFailed, match="aborted p/1#0"):
         read_answer(answer(finish_reason={"type": "abort", "message": "x"}), request())
+
+
+ROUTERS = Routers(num_layers=3, num_dense_layers=1, topk=2, num_experts=300)
+NUM_TOKENS = 6  # three of the prompt, three of the response
+
+
+def encoded(ids: Any) -> str:
+    return base64.b64encode(np.ascontiguousarray(ids, dtype="<i4").tobytes()).decode()
+
+
+def recorded() -> Any:
+    """[tokens - 1, layers, topk]; the dense layer's are zero."""
+    ids = np.arange((NUM_TOKENS - 1) * 3 * 2).reshape(NUM_TOKENS - 1, 3, 2)[..., ::-1].copy()
+    ids[:, 0] = 0
+    return ids
+
+
+def test_routed_experts_are_asked_for_and_kept_in_order_without_dense_layers() -> None:
+    assert generate_body(request(), replace(SAMPLING, routers=ROUTERS))["return_routed_experts"]
+    assert "return_routed_experts" not in generate_body(request(), SAMPLING)
+    ids = recorded()
+    for num_experts, dtype in ((256, "uint8"), (257, "int16")):
+        routers = replace(ROUTERS, num_experts=num_experts)
+        sample = read_answer(answer(routed_experts=encoded(ids)), request(), routers)
+        assert sample.routed_experts is not None
+        assert sample.routed_experts.dtype == dtype
+        kept = np.frombuffer(sample.routed_experts.ids, dtype).reshape(NUM_TOKENS - 1, 2, 2)
+        assert (kept == ids[:, 1:]).all()
+    assert read_answer(answer(), request()).routed_experts is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: None, "has no meta_info.routed_experts: have the engine started with"),
+        (lambda ids: "?", "has routed_experts that are not base64 of int32"),
+        (lambda ids: "QUJD", "has routed_experts that are not base64 of int32"),
+        (lambda ids: encoded(ids[1:]), "has 24 expert ids, but 6 tokens have 30"),
+        (lambda ids: encoded(ids * 20), "has expert ids from 40 to 580, but the model has 300"),
+        (lambda ids: encoded(-ids), "has expert ids from -29 to -2"),
+        (lambda ids: encoded(ids // 2), "has a token with the same expert twice in one layer"),
+    ],
+)
+def test_experts_that_routers_cannot_have_chosen_are_refused(change: Any, message: str) -> None:
+    meta = answer(routed_experts=change(recorded()))
+    with pytest.raises(BadExchange, match=f"the answer for p/1#0 {message}"):
+        read_answer(meta, request(), ROUTERS)

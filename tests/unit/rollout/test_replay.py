@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.records import Group, Score
+from r1mega.records import Group, RoutedExperts, Score
 from r1mega.rollout.client import read_answer
-from r1mega.rollout.replay import read_rollout, rollout_numbers, rollout_path, write_rollout
+from r1mega.rollout.replay import (
+    read_rollout,
+    read_routed_experts,
+    rollout_numbers,
+    rollout_path,
+    with_routed_experts,
+    write_rollout,
+    write_routed_experts,
+)
 from tests.unit.rollout.answers import answer, request
 
 
@@ -24,6 +32,23 @@ def test_round_trip(tmp_path: Path) -> None:
     assert path.name == "rollout_000003.jsonl"
     assert len(path.read_text().splitlines()) == 2
     assert read_rollout(path) == groups
+
+
+def test_each_rank_keeps_the_experts_it_has(tmp_path: Path) -> None:
+    """Two ranks drew a rollout of four samples; three readers share what they kept."""
+    groups = [group("a"), group("b")]
+    experts = {i: RoutedExperts(dtype="uint8", ids=bytes([i, 255])) for i in range(4)}
+    for rank, places in enumerate([(0, 1), (2, 3), ()]):
+        held = with_routed_experts(groups, {i: experts[i] for i in places})
+        write_routed_experts(tmp_path, 3, rank, held)
+    path = write_rollout(tmp_path, 3, with_routed_experts(groups, experts))
+    assert read_rollout(path) == groups
+    assert len(list(tmp_path.glob("rollout_000003.experts-*.msgpack"))) == 2
+    parts = [read_routed_experts(path, part, 3) for part in range(3)]
+    assert parts == [{0: experts[0], 1: experts[1]}, {2: experts[2], 3: experts[3]}, {}]
+    read = with_routed_experts(read_rollout(path), parts[1])
+    assert [s.routed_experts for g in read for s in g.samples] == [None, None, *parts[1].values()]
+    assert rollout_numbers(tmp_path) == [3]
 
 
 def test_numbers(tmp_path: Path) -> None:

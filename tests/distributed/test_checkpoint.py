@@ -13,6 +13,10 @@ from r1mega.weights.checkpoint import CheckpointError
 from tests.distributed.launch import run_ranks
 
 AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]
+DENSE_AXES = ["parallel.tp=2", "parallel.pp=2", "cluster.learner_processes_per_node=4"]
+DENSE = ["configs/model/tiny_qwen2.yaml"]
+MOE = ["learner.expert_bias_update_rate=1e-3"]
+MTP = ["model.num_nextn_predict_layers=1", "learner.mtp_loss_weight=0.3"]
 ONE_RANK = ["cluster.learner_processes_per_node=1"]
 BASE = [
     "stage.kind=sft",
@@ -21,7 +25,6 @@ BASE = [
     "data.template=brief",
     "algorithm.sequences_per_step=8",
     "learner.lr=1e-3",
-    "learner.expert_bias_update_rate=1e-3",
     "stage.save_every=2",
     "stage.keep_last=9",
 ]
@@ -57,12 +60,21 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_equals_uninterrupted_bit_for_bit(precision: str, tmp_path: Path) -> None:
-    key = f"learner.precision={precision}"
-    straight = run(tmp_path / "a", key, "stage.steps=4", axes=AXES)
-    run(tmp_path / "b", key, "stage.steps=2", axes=AXES)
-    resumed = run(tmp_path / "b", key, "stage.steps=4", axes=AXES)
+@pytest.mark.parametrize(
+    ("axes", "more"),
+    [
+        (AXES, ["learner.precision=fp32", *MOE, *MTP]),
+        (AXES, ["learner.precision=bf16", *MOE]),
+        (DENSE_AXES, ["learner.precision=fp32", *DENSE]),
+    ],
+    ids=["fp32 with MTP layers", "bf16", "dense with a tied head"],
+)
+def test_resume_equals_uninterrupted_bit_for_bit(
+    axes: list[str], more: list[str], tmp_path: Path
+) -> None:
+    straight = run(tmp_path / "a", *more, "stage.steps=4", axes=axes)
+    run(tmp_path / "b", *more, "stage.steps=2", axes=axes)
+    resumed = run(tmp_path / "b", *more, "stage.steps=4", axes=axes)
     assert facts(resumed) == facts(straight)
     assert len(facts(straight)) == 4
     last = "checkpoints/step_000004"

@@ -4,6 +4,7 @@ What only CUDA can do is refused on CPU here, before any process starts.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from r1mega.config import network
 from r1mega.config.schema import Config, Learner, Model, Parallel, Stage
@@ -11,6 +12,40 @@ from r1mega.config.schema import Config, Learner, Model, Parallel, Stage
 # What selective recompute may forget, by Megatron's names; each wants something to be there.
 _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 _OF_EXPERTS = ("mla_up_proj", "moe", "moe_act", "shared_experts")
+
+_OURS = (
+    "calculate_per_token_loss",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+_AUXILIARY = (
+    "Megatron weighs auxiliary losses by microbatch, so that their gradient would depend on "
+    "packing and layout (learner.expert_bias_update_rate balances without a loss)"
+)
+_RANDOM = "its random draws differ from layout to layout"
+_DEPENDS_ON_PACKING = {
+    "moe_aux_loss_coeff": _AUXILIARY,
+    "moe_z_loss_coeff": _AUXILIARY,
+    "moe_router_load_balancing_type": _AUXILIARY,
+    "moe_expert_capacity_factor": (
+        "an expert's capacity is a share of the tokens of one microbatch on one rank, so which "
+        "tokens are dropped would depend on packing and layout"
+    ),
+    "moe_input_jitter_eps": _RANDOM,
+    "moe_router_force_load_balancing": _RANDOM,
+    "hidden_dropout": _RANDOM,
+    "attention_dropout": _RANDOM,
+}
 
 
 def learner_violations(config: Config) -> Iterator[str]:
@@ -20,6 +55,8 @@ def learner_violations(config: Config) -> Iterator[str]:
     yield from _dispatcher(config.learner, config.parallel)
     yield from _recompute(config.learner, config.model)
     yield from _optimizer(config.learner)
+    yield from _overlap(config.learner)
+    yield from _megatron(config.learner.megatron)
     yield from _schedule(config.learner, config.stage)
 
 
@@ -97,6 +134,23 @@ def _optimizer(learner: Learner) -> Iterator[str]:
             f"learner.optimizer_offload={offload:g} updates on the host, where moments are fp32; "
             f"use learner.moments=fp32, got {learner.moments}"
         )
+
+
+def _overlap(learner: Learner) -> Iterator[str]:
+    if learner.bucket_parameters is not None and not learner.overlap_grad_reduce:
+        yield (
+            f"learner.bucket_parameters={learner.bucket_parameters} has no meaning without "
+            "learner.overlap_grad_reduce: Megatron then reduces all gradients at once"
+        )
+
+
+def _megatron(fields: dict[str, Any]) -> Iterator[str]:
+    """What would make the training depend on how a batch is cut and packed, and says nothing."""
+    for name, value in fields.items():
+        if name in _OURS:
+            yield f"learner.megatron.{name}={value}: parallel.* and the loss decide this; remove it"
+        elif (why := _DEPENDS_ON_PACKING.get(name)) and value not in (None, 0, "none"):
+            yield f"learner.megatron.{name}={value}: {why}; remove it"
 
 
 def _schedule(learner: Learner, stage: Stage) -> Iterator[str]:

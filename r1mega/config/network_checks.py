@@ -139,6 +139,13 @@ def _latent_attention(m: Model, p: Parallel, learner: Learner) -> Iterator[str]:
             f"learner.mtp_loss_weight={learner.mtp_loss_weight:g} needs MTP layers, but "
             "model.num_nextn_predict_layers=0"
         )
+    yarn = m.rope_scaling
+    if yarn is not None and p.cp > 1 and yarn.original_max_position_embeddings % (2 * p.cp):
+        yield (
+            f"cp={p.cp}: megatron-core cuts YaRN's table of model.rope_scaling."
+            f"original_max_position_embeddings={yarn.original_max_position_embeddings} positions "
+            f"in {2 * p.cp} equal chunks; use a cp whose double divides it"
+        )
     if learner.mtp_loss_weight > 0 and p.cp > 1:
         yield f"learner.mtp_loss_weight above 0 needs parallel.cp=1, got {p.cp}"
 

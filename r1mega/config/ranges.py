@@ -18,7 +18,7 @@ _AT_LEAST_ONE = """
     model.n_shared_experts model.num_experts_per_tok model.n_group model.topk_group
     model.max_position_embeddings model.rope_scaling.factor
     model.rope_scaling.original_max_position_embeddings
-    learner.tokens_per_microbatch learner.logprob_chunk_tokens
+    learner.tokens_per_microbatch learner.logprob_chunk_tokens learner.bucket_parameters
     rollout.engines rollout.steps rollout.max_response_tokens rollout.max_response_tokens_later
     rollout.context_tokens rollout.max_running_requests rollout.concurrency rollout.max_retries
     rollout.sync_bucket_mb

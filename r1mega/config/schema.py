@@ -143,6 +143,11 @@ class Learner:
     grouped_gemm: bool = False
     fp8: Literal["none", "blockwise"] = "none"
     overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while the last backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket while the next forward pass goes on."""
+    bucket_parameters: int | None = None
+    """Parameters of a bucket; null: Megatron's, a million per rank of dp * cp, at least 40."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron's TransformerConfig (deepseek_v3: MLATransformerConfig), checked
     against megatron-core's own dataclass."""

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from r1mega.config.derived import MtpMode
 from r1mega.config.flops import crossover_tokens
 from r1mega.learner.microbatch import Microbatch, common_tokens, make_microbatch
 from r1mega.learner.mtp import MtpLoss
-from r1mega.learner.optimizer import apply_gradients, open_optimizer, wrap_chunks
+from r1mega.learner.optimizer import apply_gradients, finish_gather, open_optimizer, wrap_chunks
 from r1mega.learner.packing import Partition, pack
 from r1mega.learner.pipeline import Auxiliary, Loss, LossOutput, run_pipeline
 from r1mega.learner.routed_experts import fetch_expert_ids
@@ -237,6 +238,8 @@ def open_learner(
     initialize(weights, model.init, seed=seed)
     chunks = wrap_chunks(config, raw_chunks, settings)
     optimizer = open_optimizer(config, chunks, settings)
+    if settings.overlap_param_gather:
+        weights = replace(weights, settle=partial(finish_gather, chunks))
     return Learner(
         groups=groups,
         backend=backend,

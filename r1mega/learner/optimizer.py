@@ -26,6 +26,8 @@ def wrap_chunks(
         grad_reduce_in_fp32=learner.gradients == "fp32",
         use_distributed_optimizer=True,
         overlap_grad_reduce=learner.overlap_grad_reduce,
+        overlap_param_gather=learner.overlap_param_gather,
+        bucket_size=learner.bucket_parameters,
         check_for_nan_in_grad=False,  # the learner checks loss and norm, and says more
     )
     return [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
@@ -48,6 +50,7 @@ def open_optimizer(
             bf16=bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=learner.overlap_param_gather,
             # When offloading it spares the device a second copy of the masters.
             use_precision_aware_optimizer=learner.precision_aware_optimizer or (offload and bf16),
             main_grads_dtype=_DTYPES[learner.gradients],
@@ -65,6 +68,14 @@ def open_optimizer(
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return optimizer
+
+
+def finish_gather(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Gather updated weights that no forward pass has asked for yet (overlap_param_gather)."""
+    for chunk in chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
 
 
 def apply_gradients(optimizer: Any, *, lr: float, weight_decay: float) -> float:

@@ -34,6 +34,10 @@ class PolicyModel(GPTModel):
     def __init__(self, *args: Any, detaches_mtp: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.detaches_mtp = detaches_mtp
+        if self.post_process:
+            # Called rather than only read, because hooks of the output layer wait for its weight
+            # when Megatron gathers weights while the forward pass goes on (overlap_param_gather).
+            self.output_layer.forward = vocab_parallel_logprobs
         if self.mtp_process and detaches_mtp:
             for parameter in self.mtp.parameters():
                 # Megatron's word for "not in the gradient norm": clipping must not depend on it.
@@ -88,13 +92,14 @@ class PolicyModel(GPTModel):
             )
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return vocab_parallel_logprobs(
+        logprobs_and_entropies: tuple[Tensor, Tensor] = self.output_layer(
             hidden[:, 0].index_select(0, rows_L),
             weight.detach() if detach else weight,
             targets_L,
             group=self.pg_collection.tp,
             **how,
         )
+        return logprobs_and_entropies
 
     def _postprocess(
         self,

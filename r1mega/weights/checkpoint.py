@@ -91,6 +91,7 @@ def save(
             )
         return {name: entry for r in reports for name, entry in r.files.items()}
 
+    weights.settle()
     together(lambda: _start(partial) if first else {})
     files = together(lambda: _write_shards(partial, weights, reference, optimizer, rng))
     has_reference = reference is not None

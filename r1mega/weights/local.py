@@ -29,6 +29,7 @@ class LocalWeights:
     rank: int
     slices: tuple[ParameterSlice, ...]
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
+    settle: Callable[[], None] = lambda: None  # ends what an update left under way; collective
     owners: Owners  # half a second of arithmetic at 671B: done once
 
     def blocks(self, piece: ParameterSlice) -> Tensor:
@@ -51,6 +52,7 @@ class LocalWeights:
 
     def copy_to_host(self) -> list[Tensor]:
         """A private host copy of all live tensors, for ``swap``; page-locked beside a GPU."""
+        self.settle()
         return [
             torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor.detach())
             for tensor in self._live()
@@ -62,6 +64,7 @@ class LocalWeights:
 
         The device holds one further tensor at a time.
         """
+        self.settle()
         for tensor, held in zip(self._live(), host, strict=True):
             live = tensor.detach().clone()
             tensor.copy_(held, non_blocking=True)
@@ -146,6 +149,7 @@ def hf_tensors(
     None) elsewhere. Each distinct rectangle crosses the network once, from the lowest rank that
     holds it.
     """
+    weights.settle()
     mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
     for name in names:
         shape, owners = weights.owners[name]

@@ -6,10 +6,12 @@ layout that fails takes only those behind it along.
 """
 
 import gc
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -20,35 +22,42 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from r1mega.config import network
 from r1mega.records import Batch, Sequence
 from tests.distributed import tiny
 
 RELATIVE = 1e-5
+# Where the margin of a router's choice is smaller, rounding may choose: another layout would then
+# train other experts, and rightly so. Nothing is compared there.
+NEAR_TIE = 3e-6
 # How a batch was packed and how long it took may differ.
 VOLATILE = {"learner/microbatches", "learner/balance", "learner/tokens_per_s"}
-LR = 1e-2
+LR = 3e-3
 # Adam divides by the root of the second moment: after one step an entry moves by lr * g / (|g| +
 # eps), which is lr * sign(g) wherever |g| >> eps. With the usual 1e-8 an entry whose gradient is
 # rounding noise would move by a whole lr in either direction. Gradients here have a norm of about
 # one and noise of 1e-9 to 1e-8: an epsilon of 1e-3 leaves the noise below 1e-5 of a step.
-SETTINGS = replace(tiny.SETTINGS, lr=LR, adam_eps=1e-3, clip_grad=0.5, expert_bias_update_rate=1e-3)
+SETTINGS = replace(tiny.SETTINGS, lr=LR, adam_eps=1e-3, clip_grad=0.5)
+BATCH = {"num_sequences": 8, "seed": 4}  # no two experts tie anywhere: see NEAR_TIE
+BIAS_RATE = 1e-3  # padding that was counted would show in the expert bias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is trained (``model``, ``batch``) and how (``axes``, ``learner``, ``shuffled``)."""
+    """What is trained (``network`` ... ``batch``) and how (``world`` ... ``shuffled``)."""
 
     world: int = 1
     axes: dict[str, Any] = field(default_factory=dict)  # sizes of Layout
     learner: dict[str, Any] = field(default_factory=dict)  # keys of schema.Learner
     shuffled: bool = False  # the sequences in another order
+    network: str = "deepseek_v3"  # of tiny.MODELS
     model: dict[str, Any] = field(default_factory=dict)  # keys of schema.Model
-    batch: dict[str, Any] = field(default_factory=dict)  # arguments of tiny.random_batch
+    batch: dict[str, Any] = field(default_factory=lambda: dict(BATCH))  # of tiny.random_batch
 
     @property
     def reference(self) -> "Case":
         """The same training in a single process."""
-        return Case(model=self.model, batch=self.batch)
+        return Case(network=self.network, model=self.model, batch=self.batch)
 
 
 def train_all(cases: dict[str, dict[str, Any]], folder: str) -> None:
@@ -85,9 +94,11 @@ def _train(case: Case) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from r1mega.algorithms import sft
     from r1mega.algorithms.losses import ClippedSurrogate
 
+    model = replace(tiny.MODELS[case.network], **case.model)
+    bias_rate = 0.0 if network.is_dense(model) else BIAS_RATE
     learner = tiny.tiny_learner(
-        model=replace(tiny.MODEL, **case.model),
-        settings=replace(SETTINGS, **case.learner),
+        model=model,
+        settings=replace(SETTINGS, expert_bias_update_rate=bias_rate, **case.learner),
         temperature=0.8,
         **case.axes,
     )
@@ -101,6 +112,7 @@ def _train(case: Case) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             if tensor is not None:
                 weights[f"{stage}/{name}"] = tensor.contiguous().clone()
 
+    margins = _watch_ties(learner.chunks) if case.world == 1 else []
     logprobs = learner.logprobs(batch)
     sequences = [_near(s, row) for s, row in zip(batch.sequences, logprobs, strict=True)]
     steps = []
@@ -114,7 +126,39 @@ def _train(case: Case) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         steps.append(sft.step(sequences, learner=learner, lr=LR))
     keep("sft")
     uids = [s.uid for s in batch.sequences]
-    return {"logprobs": dict(zip(uids, logprobs, strict=True)), "steps": steps}, weights
+    facts = {
+        "logprobs": dict(zip(uids, logprobs, strict=True)),
+        "steps": steps,
+        "margin": min(margins, default=1.0),
+    }
+    return facts, weights
+
+
+def _watch_ties(chunks: Many[torch.nn.Module]) -> list[float]:
+    """How near routers come to choosing other experts, pass after pass: grows as they run."""
+    margins: list[float] = []
+
+    def note(router: Any, args: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
+        config = router.config
+        scores_TE = router.gating(args[0]).sigmoid().flatten(0, 1) + router.expert_bias
+        best_TG2 = scores_TE.unflatten(1, (config.moe_router_num_groups, -1)).topk(2).values
+        ranked_TG = best_TG2.sum(-1).sort(-1, descending=True)
+        num_chosen = config.moe_router_group_topk
+        chosen_TG = ranked_TG.indices[:, :num_chosen]
+        gaps = ranked_TG.values.diff()[:, num_chosen - 1 : num_chosen]
+        allowed_TE = torch.zeros_like(best_TG2[..., 0]).scatter(1, chosen_TG, 1).bool()
+        allowed_TE = allowed_TE.repeat_interleave(scores_TE.shape[1] // allowed_TE.shape[1], dim=1)
+        used_TE = output[1]
+        least = scores_TE.masked_fill(~used_TE, torch.inf).amin(-1)
+        next_best = scores_TE.masked_fill(used_TE | ~allowed_TE, -torch.inf).amax(-1)
+        margins.append((least - next_best).min().item())
+        margins.append(-gaps.max().item() if gaps.numel() else 1.0)
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "expert_bias"):
+                module.register_forward_hook(note)
+    return margins
 
 
 def _near(sequence: Sequence, logprobs: list[float]) -> Sequence:
@@ -134,7 +178,7 @@ def _near(sequence: Sequence, logprobs: list[float]) -> Sequence:
 
 
 def _file(folder: str | Path, name: str, ending: str) -> Path:
-    return Path(folder) / f"{name.replace(' ', '_').replace('/', '_')}.{ending}"
+    return Path(folder) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{ending}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,8 +82,14 @@ def tiny_learner(
     return open_learner(model, settings, groups, backend, temperature=temperature, seed=7, mtp=mtp)
 
 
-def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 3) -> Batch:
-    """Sequences of 6 to 40 tokens with every column filled."""
+def random_batch(
+    *,
+    num_sequences: int = 12,
+    vocab_size: int = 128,
+    lengths: tuple[int, int] = (8, 41),
+    seed: int = 3,
+) -> Batch:
+    """Sequences of ``lengths[0]`` up to ``lengths[1]`` tokens with every column filled."""
     g = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, count: int) -> list[int]:
@@ -94,7 +100,8 @@ def random_batch(*, num_sequences: int = 12, vocab_size: int = 128, seed: int = 
 
     sequences = []
     for i in range(num_sequences):
-        length, start = integers(8, 41, 1)[0], integers(1, 6, 1)[0]
+        length = integers(*lengths, 1)[0]
+        start = integers(1, min(6, length), 1)[0]
         n = length - start
         logprobs = [-4.8 + 0.1 * x for x in floats(n)]
         sequences.append(

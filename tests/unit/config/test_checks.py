@@ -169,6 +169,28 @@ SINGLE = {
     "GPU learner.fp8=blockwise learner.layer_spec=transformer_engine learner.precision=fp32": (
         "learner.fp8=blockwise needs learner.precision=bf16, got fp32"
     ),
+    "cluster.learner_processes_per_node=3 parallel.cp=3 model.rope_scaling.factor=40": (
+        "cp=3: megatron-core cuts YaRN's table of model.rope_scaling.original_max_position_embeddi"
+        "ngs=4096 positions in 6 equal chunks"
+    ),
+    "learner.bucket_parameters=1000": (
+        "learner.bucket_parameters=1000 has no meaning without learner.overlap_grad_reduce"
+    ),
+    "learner.megatron.tensor_model_parallel_size=2": (
+        "learner.megatron.tensor_model_parallel_size=2: parallel.* and the loss decide this"
+    ),
+    "learner.megatron.calculate_per_token_loss=false": (
+        "learner.megatron.calculate_per_token_loss=False: parallel.* and the loss decide this"
+    ),
+    "learner.megatron.moe_aux_loss_coeff=0.01": (
+        "learner.megatron.moe_aux_loss_coeff=0.01: Megatron weighs auxiliary losses by microbatch"
+    ),
+    "learner.megatron.moe_expert_capacity_factor=1.5": (
+        "learner.megatron.moe_expert_capacity_factor=1.5: an expert's capacity is a share of"
+    ),
+    "learner.megatron.attention_dropout=0.1": (
+        "learner.megatron.attention_dropout=0.1: its random draws differ from layout to layout"
+    ),
     "learner.warmup_steps=101": "learner.warmup_steps=101 exceeds stage.steps=100",
     "learner.lr_schedule=cosine learner.min_lr=1e-5": (
         "learner.min_lr=1e-05 exceeds learner.lr=3e-06"
@@ -294,6 +316,8 @@ VALID = [
     "parallel.pp=2 cluster.learner_processes_per_node=2 parallel.layers_in_first_stage=1 "
     "parallel.layers_in_last_stage=3",
     "model.n_group=1 model.topk_group=1 model.num_experts_per_tok=3",
+    "learner.overlap_grad_reduce=true learner.bucket_parameters=1000 learner.overlap_param_gather="
+    "true learner.megatron.moe_aux_loss_coeff=0",
     "stage.only=train rollout.replay=kept data.source=gsm8k",
     # SGLang also serves on a CPU.
     "rollout.engine=sglang",

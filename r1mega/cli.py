@@ -70,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     _add(verbs, "sft", _sft, "train on documents or on prompt and response pairs")
     _add(verbs, "rl", _rl, "train by GRPO on prompts with rule-based rewards")
     _add(verbs, "eval", _eval, "sample held-out prompts: pass@1, pass@k, cons@k")
+    _add(verbs, "selftest", _selftest, "train in small: layout against one process, engine too")
     _add(verbs, "report", _report, "write runs/<name>/report.html")
     # What the launcher starts on every rank; without help, so that --help does not list it.
     workers = verbs.add_parser("worker").add_subparsers(metavar="VERB", required=True)
     _add(workers, "sft", _worker_sft, "one learner rank of sft")
     _add(workers, "rl", _worker_rl, "one learner rank of rl")
     _add(workers, "eval", _worker_eval, "one learner rank of eval")
+    _add(workers, "selftest", _worker_selftest, "one learner rank of selftest")
     return parser
 
 
@@ -125,6 +127,13 @@ def _eval(layers: list[str]) -> int:
     return _launch("eval", layers)
 
 
+def _selftest(layers: list[str]) -> int:
+    config = load(layers)
+    from r1mega.cluster import selftest
+
+    return selftest.run(config)
+
+
 def _launch(verb: str, layers: list[str]) -> int:
     config = _load_for(verb, layers)
     from r1mega.cluster import job
@@ -161,6 +170,14 @@ def _worker_eval(layers: list[str]) -> int:
     from r1mega.stages import evaluate
 
     return evaluate.main(config, backend)
+
+
+def _worker_selftest(layers: list[str]) -> int:
+    config = load(layers)
+    backend = _open_backend(config)
+    from r1mega.stages import selftest
+
+    return selftest.main(config, backend)
 
 
 def _report(layers: list[str]) -> int:

@@ -39,7 +39,16 @@ def train(
     with watch.phase("time/logprobs_s"):
         # A single step is the first after sampling: its ratio is 1 and needs no frozen log-probs.
         rollout = _frozen(rollout, learner, reference, freeze_policy=num_steps > 1)
-    loss = ClippedSurrogate(
+    loss = surrogate(algorithm)
+    for i, batch in enumerate(split(rollout, num_steps, algorithm.normalize, seed)):
+        with watch.phase("time/update_s"):
+            metrics = learner.update(batch, loss, lr=learning_rates(i))
+        yield metrics
+
+
+def surrogate(algorithm: Algorithm) -> ClippedSurrogate:
+    """The loss that the configuration describes."""
+    return ClippedSurrogate(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         kl_coef=algorithm.kl_coef,
@@ -47,10 +56,6 @@ def train(
         ratio=algorithm.ratio,
         importance_cap=algorithm.importance_cap,
     )
-    for i, batch in enumerate(split(rollout, num_steps, algorithm.normalize, seed)):
-        with watch.phase("time/update_s"):
-            metrics = learner.update(batch, loss, lr=learning_rates(i))
-        yield metrics
 
 
 def training_sequences(groups: list[Group], algorithm: Algorithm) -> tuple[Sequence, ...]:

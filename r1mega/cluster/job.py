@@ -41,7 +41,7 @@ def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     try:
         check_machines(config.cluster)
         check_packages(config.learner)
-        check_inputs(verb, config)
+        check_inputs(config)
         directory = _open_directory(config)
         with _locked(directory), _signals_end_us():
             if verb != "eval" and (sentence := nothing_to_do(config, directory)):
@@ -70,7 +70,7 @@ class _Job:
     def run(self) -> int:
         try:
             self._prepare()
-            if needs_engines(self._verb, self._config):
+            if needs_engines(self._config):
                 self._router = self._start_router()
                 self._engines = self._start_engines()
             self._learner = self._start_learner()
@@ -169,9 +169,9 @@ class _Job:
             entry.unlink()
 
 
-def needs_engines(verb: str, config: Config) -> bool:
+def needs_engines(config: Config) -> bool:
     """Whether this stage samples."""
-    return verb != "sft" and config.rollout.replay is None
+    return config.stage.kind != "sft" and config.rollout.replay is None
 
 
 def _open_directory(config: Config) -> RunDirectory:

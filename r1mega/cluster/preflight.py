@@ -15,7 +15,7 @@ from r1mega.weights.names import Spec, hf_shapes
 from r1mega.weights.slices import SliceReader
 
 
-def check_inputs(verb: str, config: Config) -> None:
+def check_inputs(config: Config) -> None:
     """Raises JobFailed with the sentence that a learner rank would have ended with later."""
     try:
         tokenizer = load_tokenizer(config.model.tokenizer)
@@ -25,7 +25,7 @@ def check_inputs(verb: str, config: Config) -> None:
                 f"model.vocab_size={config.model.vocab_size}: raise it, or choose the model's "
                 "tokenizer"
             )
-        if verb == "sft":
+        if config.stage.kind == "sft":
             load_documents(config.data, tokenizer, config.seed)
         elif config.rollout.replay is None:
             load_prompts(config.data, tokenizer, config.seed)

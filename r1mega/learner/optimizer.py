@@ -132,11 +132,31 @@ def load_optimizer_state(
             owned.moments[name] = state[f"{key}/{name}"].to(owned.main.device).clone()
 
 
+@torch.no_grad()
+def show_gradients(
+    optimizer: Any, chunks: Sequence[DistributedDataParallel], *, adam_beta1: float
+) -> None:
+    """Put the clipped gradients of the first update in the place of the weights, on every rank.
+
+    Gradients are whole nowhere, but the first moment is (1 - beta1) times its owner's part, and the
+    way of updated weights to all ranks is theirs too.
+    """
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.zero_()
+    for owned in _owned(optimizer, chunks):
+        part = owned.parameter.view(-1)[slice(*owned.span)]
+        part.copy_(owned.moments["exp_avg"] / (1 - adam_beta1))
+    for chunk in chunks:
+        chunk.start_param_sync()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Owned:
     """The part of one parameter that this rank updates."""
 
     key: str
+    parameter: Tensor
     span: tuple[int, int]  # flat range in the parameter
     main: Tensor  # what the inner optimizer updates: fp32, or bf16 when it keeps masters itself
     moments: dict[str, Any]  # the inner optimizer's state
@@ -180,6 +200,7 @@ def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterato
             ]
             yield _Owned(
                 key=names[parameter],
+                parameter=parameter,
                 span=(span.start, span.end),
                 main=main,
                 moments=moments,

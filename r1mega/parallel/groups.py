@@ -1,5 +1,7 @@
 """This rank's process groups: the only reader of megatron.core.parallel_state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -75,6 +77,17 @@ def open_groups(layout: Layout, backend: Backend, *, timeout_s: float, seed: int
     )
     _check_ranks(groups)
     return groups
+
+
+@contextmanager
+def alone(backend: Backend, *, seed: int) -> Iterator[Groups]:
+    """A world of this process alone, before it joins the job; Megatron's part of it ends too."""
+    from megatron.core import parallel_state
+
+    dist.init_process_group(backend.collective, store=dist.HashStore(), rank=0, world_size=1)
+    yield open_groups(Layout(world=1), backend, timeout_s=60.0, seed=seed)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _check_ranks(groups: Groups) -> None:

@@ -147,20 +147,24 @@ def open_worker(config: Config, backend: Backend) -> Worker:
         layout, backend, timeout_s=config.cluster.collective_timeout_s, seed=config.seed
     )
     directory = RunDirectory.create(config.run.root, config.name)
-    temperature = config.rollout.temperature if config.stage.kind == "rl" else 1.0
     return Worker(
         config=config,
         backend=backend,
         groups=groups,
         directory=directory,
-        learner=open_learner(
-            config.model,
-            config.learner,
-            groups,
-            backend,
-            temperature=temperature,
-            seed=config.seed,
-            mtp=mtp_mode(config.learner, config.stage),
-        ),
+        learner=open_policy(config, groups, backend),
         writer=MetricsWriter(directory, config.run.wandb_project) if groups.rank == 0 else None,
+    )
+
+
+def open_policy(config: Config, groups: Groups, backend: Backend) -> Learner:
+    """The learner of this stage on this rank."""
+    return open_learner(
+        config.model,
+        config.learner,
+        groups,
+        backend,
+        temperature=config.rollout.temperature if config.stage.kind == "rl" else 1.0,
+        seed=config.seed,
+        mtp=mtp_mode(config.learner, config.stage),
     )

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from r1mega.cluster import commands
 from r1mega.cluster.errors import FailedRank, failed_rank
 from r1mega.cluster.job import needs_engines
-from r1mega.config import Algorithm, Cluster, Config, Rollout
+from r1mega.config import Algorithm, Cluster, Config, Rollout, load
 
 
 def options(argv: list[str]) -> dict[str, str]:
@@ -95,13 +94,16 @@ def test_learner_is_understood_by_torch_distributed_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "replay", "needed"),
-    [("rl", None, True), ("eval", None, True), ("sft", None, False), ("rl", "kept", False)],
+    ("kind", "replay", "needed"),
+    [
+        ("rl", [], True),
+        ("eval", [], True),
+        ("sft", [], False),
+        ("rl", ["rollout.replay=kept", "stage.only=train"], False),
+    ],
 )
-def test_who_needs_engines(verb: str, replay: str | None, needed: bool) -> None:
-    config = Config()
-    config = replace(config, rollout=replace(config.rollout, replay=replay))
-    assert needs_engines(verb, config) is needed
+def test_who_needs_engines(kind: str, replay: list[str], needed: bool) -> None:
+    assert needs_engines(load([f"stage.kind={kind}", *replay])) is needed
 
 
 def test_failed_rank_is_the_one_that_wrote_its_last_words_first(tmp_path: Path) -> None:

@@ -24,19 +24,20 @@ smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this mac
 	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)  # evaluates before, during and after
 
 test: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(GPU_FREE_TESTS)
+	$(BIN)/python -m pytest -m "not gpu and not soak" $(GPU_FREE_TESTS)
 
 check: $(READY)  ## lint, format, types, floors and unit tests; under two minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" tests/unit
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not soak" tests/unit
 
 bench: $(PEERS)  ## every benchmark, one JSON line each
 	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
 
-soak: $(READY)  ## the smoke on three seeds; runs/soak/seed_N keeps each
+soak: $(READY)  ## sweeps of random layouts, then the smoke on three seeds in runs/soak/seed_N
+	$(BIN)/python -m pytest -m soak tests
 	set -e; for seed in 1 2 3; do \
 	  $(MAKE) smoke SEED=$$seed; \
 	  mkdir -p runs/soak; rm -rf runs/soak/seed_$$seed; mv runs/smoke runs/soak/seed_$$seed; \

@@ -11,7 +11,6 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -134,8 +133,11 @@ def _train(case: Case) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return facts, weights
 
 
-def _watch_ties(chunks: Many[torch.nn.Module]) -> list[float]:
-    """How near routers come to choosing other experts, pass after pass: grows as they run."""
+def _watch_ties(chunks: list[Any]) -> list[float]:
+    """How near routers come to choosing other experts: a list that grows as they run.
+
+    Shapes: T tokens, E experts, G groups of them.
+    """
     margins: list[float] = []
 
     def note(router: Any, args: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
@@ -188,6 +190,11 @@ class Facts:
     ranks: list[dict[str, Any]]
     weights: dict[str, torch.Tensor]
 
+    @property
+    def margin(self) -> float:
+        """By how much the nearest of all choices of experts was made; of a single process."""
+        return float(self.ranks[0]["margin"])
+
 
 def read_facts(folder: Path, name: str, case: Case) -> Facts:
     files = [_file(folder, name, f"{rank}.json") for rank in range(case.world)]
@@ -201,7 +208,8 @@ def deviations(mine: Facts, reference: Facts) -> dict[str, float]:
     """The largest difference of each kind, over all ranks.
 
     Log-probs: absolute. Metrics: relative, of values below 0.1 relative to that (a surrogate's
-    terms cancel). Weights: relative to the largest entry of the tensor.
+    terms cancel). Weights: relative to the largest entry of the tensor, or to a step's rate where
+    that is larger (biases start from zero).
     """
     expected = reference.ranks[0]
     worst: dict[str, float] = {}
@@ -221,5 +229,6 @@ def deviations(mine: Facts, reference: Facts) -> dict[str, float]:
     assert mine.weights.keys() == reference.weights.keys()
     for name, tensor in mine.weights.items():
         other = reference.weights[name]
-        note(f"weights {name}", ((tensor - other).abs().max() / other.abs().max()).item())
+        scale = max(other.abs().max().item(), LR)
+        note(f"weights {name}", (tensor - other).abs().max().item() / scale)
     return worst

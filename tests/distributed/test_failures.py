@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +119,6 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], str, str]:
 def assert_whole(folder: Path) -> None:
     for found in sorted((folder / "checkpoints").glob("step_*")):
         checkpoint.verify(found)
-
-
-@pytest.fixture
-def runs() -> Iterator[list[Run]]:
-    """Whatever a test leaves is ended."""
-    started: list[Run] = []
-    yield started
-    for run in started:
-        if run.process.poll() is None:
-            run.process.kill()
-        run.process.wait(60)
 
 
 @pytest.fixture(scope="module")

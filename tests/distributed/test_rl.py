@@ -42,16 +42,6 @@ def r1mega(*arguments: str, timeout_s: float = 280.0) -> subprocess.CompletedPro
     )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights that know the format now and then, so that groups differ and gradients are real."""
-    root = tmp_path_factory.mktemp("base")
-    layers = ["configs/smoke/base.yaml", "name=base", "stage.steps=150", "data.size=9600"]
-    done = r1mega("sft", *layers, f"run.root={root}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return f"model.init={root / 'base/checkpoints/step_000150'}"
-
-
 def rl(root: Path, *more: str) -> Path:
     done = r1mega("rl", *SMALL, f"run.root={root}", *more)
     assert done.returncode == 0, done.stderr[-4000:]

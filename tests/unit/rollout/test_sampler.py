@@ -2,13 +2,16 @@
 
 import asyncio
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
+from r1mega.records import RoutedExperts, Routers
 from r1mega.rollout import sampler as sampler_module
 from r1mega.rollout.client import BadExchange
 from r1mega.rollout.router import ROUTING_KEY
@@ -25,14 +28,14 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(handler: Handler) -> Iterator[str]:
-    """The handler on /generate, from a thread with a loop of its own."""
+def serving(handler: Handler, path: str = "/generate") -> Iterator[str]:
+    """The handler on ``path``, from a thread with a loop of its own."""
     loop = asyncio.new_event_loop()
     port = processes.free_port()
 
     async def start() -> web.AppRunner:
         app = web.Application()
-        app.router.add_post("/generate", handler)
+        app.router.add_route("*", path, handler)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -110,6 +113,42 @@ def test_one_failure_each_is_tried_again(trouble: str) -> None:
     assert sampler.stats().stale == (3 if trouble in ("stale", "unpublished") else 0)
     # the first attempts share an engine; the later ones may go to another
     assert Counter(keys) == {"p/1@7": 3, None: 3}
+
+
+def test_who_wants_routed_experts_asks_the_engines_the_router_knows() -> None:
+    """Samples of a prompt go to one engine; what a dead one fails to answer, the other does."""
+    asked: Counter[str] = Counter()
+
+    async def engine(http: web.Request) -> web.Response:
+        body = await http.json()
+        assert body["return_routed_experts"] is True
+        asked[http.host] += 1
+        return web.json_response(answer(routed_experts=experts))
+
+    routers = Routers(num_layers=1, num_dense_layers=0, topk=1, num_experts=8)
+    experts = b64encode(bytes(5 * 4)).decode()  # five tokens, all of them to expert 0
+    sampling = replace(SAMPLING, routers=routers)
+    requests = [request(index, f"p/{number}") for number in range(4) for index in range(3)]
+    gone = f"http://127.0.0.1:{processes.free_port()}"
+    with serving(engine) as one, serving(engine) as two:
+        urls = [one, two]
+
+        async def workers(http: web.Request) -> web.Response:
+            return web.json_response({"workers": [{"url": url, "id": url} for url in urls]})
+
+        with serving(workers, "/workers") as router:
+            samples = make(router)(requests, sampling)
+            assert sorted(asked.values()) == [6, 6]
+            assert {s.routed_experts for s in samples} == {
+                RoutedExperts(dtype="uint8", ids=bytes(5))
+            }
+            urls[1] = gone
+            sampler = make(router)
+            assert len(sampler(requests, sampling)) == 12
+            assert sampler.stats().retries == 6
+            urls.clear()
+            with pytest.raises(SamplingFailed, match="knows no engine"):
+                make(router)(requests, sampling)
 
 
 def test_part_of_a_sample_from_an_old_version_is_stale() -> None:

@@ -180,6 +180,7 @@ def _learner(learner: Learner, p: Parallel) -> Learner:
         adam_eps=1e-3,
         tokens_per_microbatch=_CONTEXT_TOKENS,
         logprob_chunk_tokens=16,
+        bucket_parameters=learner.bucket_parameters and 20_000,
         dispatcher="alltoall" if p.ep * p.etp == 1 else learner.dispatcher,
     )
 

@@ -148,7 +148,7 @@ def show_gradients(
         part = owned.parameter.view(-1)[slice(*owned.span)]
         part.copy_(owned.moments["exp_avg"] / (1 - adam_beta1))
     for chunk in chunks:
-        chunk.start_param_sync()
+        chunk.start_param_sync(force_sync=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,12 @@ from tests.distributed.launch import run_ranks
 
 AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]
 DENSE_AXES = ["parallel.tp=2", "parallel.pp=2", "cluster.learner_processes_per_node=4"]
+CP_AXES = ["parallel.cp=2", "parallel.ep=2", "cluster.learner_processes_per_node=2"]
+GATHER = [
+    "learner.overlap_grad_reduce=true",
+    "learner.overlap_param_gather=true",
+    "learner.bucket_parameters=2000",
+]
 DENSE = ["configs/model/tiny_qwen2.yaml"]
 MOE = ["learner.expert_bias_update_rate=1e-3"]
 MTP = ["model.num_nextn_predict_layers=1", "learner.mtp_loss_weight=0.3"]
@@ -66,8 +72,9 @@ def digests(folder: Path) -> dict[str, str]:
         (AXES, ["learner.precision=fp32", *MOE, *MTP]),
         (AXES, ["learner.precision=bf16", *MOE]),
         (DENSE_AXES, ["learner.precision=fp32", *DENSE]),
+        (CP_AXES, ["learner.precision=bf16", *MOE, *GATHER]),
     ],
-    ids=["fp32 with MTP layers", "bf16", "dense with a tied head"],
+    ids=["fp32 with MTP layers", "bf16", "dense with a tied head", "bf16, cp, overlap"],
 )
 def test_resume_equals_uninterrupted_bit_for_bit(
     axes: list[str], more: list[str], tmp_path: Path

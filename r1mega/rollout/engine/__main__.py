@@ -45,7 +45,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--max-running-requests", type=int, default=64)
     add("--context-length", type=int, help="prompt + response; default: the model's maximum")
     add("--chunked-prefill-size", type=int, default=512, help="prompt tokens per forward")
-    add("--disable-radix-cache", action="store_true", help="do not reuse latents of equal prompts")
+    add("--disable-radix-cache", action="store_true", help="compute equal prompts again")
     add("--enable-return-routed-experts", action="store_true", help="to requests that ask for them")
     add("--weight-version", default="default")
     add("--served-model-name")
@@ -113,6 +113,8 @@ def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
         identity=Identity(
             model_path=str(args.model_path),
             served_model_name=args.served_model_name or str(args.model_path),
+            model_type=values["model_type"],
+            architectures=values.get("architectures", []),
             load_format=args.load_format,
             host=args.host,
             port=args.port,

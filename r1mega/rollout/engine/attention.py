@@ -18,7 +18,8 @@ from torch.nn import functional
 from r1mega.config import network
 from r1mega.config.schema import Model
 from r1mega.rollout.engine import rotary
-from r1mega.rollout.engine.plan import BUCKET, Part, Step
+from r1mega.rollout.engine.plan import Part, Step
+from r1mega.rollout.engine.products import linear
 from r1mega.rollout.engine.weights import GqaWeights, MlaWeights
 
 # transformers leaves the norms of the two latents at this value whatever rms_norm_eps says.
@@ -72,19 +73,19 @@ class Mla:
         absorbed_HNR = torch.bmm(nope_NHX.transpose(0, 1), self._key_up_HXR)
         query_NHC = torch.cat([absorbed_HNR.transpose(0, 1), turned_NJP[:, :-1]], dim=-1)
         mixed_NKHR = attend(
-            query_NHC[:, None] * self._scale, cache_SKPW, step.parts, slice(0, self._rank)
+            query_NHC[:, None], cache_SKPW, step.parts, self._scale, slice(0, self._rank)
         )
         value_HNV = torch.bmm(mixed_NKHR[:, 0].transpose(0, 1), self._value_up_HVR.transpose(1, 2))
-        return functional.linear(value_HNV.transpose(0, 1).flatten(1), self._weights.out_proj)
+        return linear(value_HNV.transpose(0, 1).flatten(1), self._weights.out_proj)
 
     def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of all heads, kv latent (not normed), key; neither of them rotated."""
         weights = self._weights
-        down = functional.linear(x_ND, weights.down_proj)
+        down = linear(x_ND, weights.down_proj)
         query_dim = weights.down_proj.shape[0] - self._rank - self._rope
         query, latent_NR, key_NP = down.split([query_dim, self._rank, self._rope], dim=-1)
         if weights.q_norm is not None and weights.q_up_proj is not None:
-            query = functional.linear(_norm(query, weights.q_norm), weights.q_up_proj)
+            query = linear(_norm(query, weights.q_norm), weights.q_up_proj)
         return query, latent_NR, key_NP
 
 
@@ -98,7 +99,7 @@ class Gqa:
 
     def __call__(self, x_ND: Tensor, turns_NF: Tensor, step: Step, cache_SKPW: Tensor) -> Tensor:
         weights = self._weights
-        projected = functional.linear(x_ND, weights.qkv, weights.qkv_bias)
+        projected = linear(x_ND, weights.qkv, weights.qkv_bias)
         turning_NJC, value_NKC = projected.unflatten(-1, (-1, self._dim)).split(
             [self._heads + self._groups, self._groups], dim=1
         )
@@ -106,9 +107,11 @@ class Gqa:
             [self._heads, self._groups], dim=1
         )
         _write(cache_SKPW, step, torch.cat([key_NKC, value_NKC], dim=-1))
-        query_NKGC = query_NHC.unflatten(1, (self._groups, -1)) * self._dim**-0.5
-        mixed_NKGV = attend(query_NKGC, cache_SKPW, step.parts, slice(self._dim, None))
-        return functional.linear(mixed_NKGV.flatten(1), weights.out_proj, weights.out_bias)
+        query_NKGC = query_NHC.unflatten(1, (self._groups, -1))
+        mixed_NKGV = attend(
+            query_NKGC, cache_SKPW, step.parts, self._dim**-0.5, slice(self._dim, None)
+        )
+        return linear(mixed_NKGV.flatten(1), weights.out_proj, weights.out_bias)
 
 
 def _write(cache_SKPW: Tensor, step: Step, row_NKW: Tensor) -> None:
@@ -117,7 +120,7 @@ def _write(cache_SKPW: Tensor, step: Step, row_NKW: Tensor) -> None:
 
 
 def attend(
-    query_NKGC: Tensor, cache_SKPW: Tensor, parts: tuple[Part, ...], values: slice
+    query_NKGC: Tensor, cache_SKPW: Tensor, parts: tuple[Part, ...], scale: float, values: slice
 ) -> Tensor:
     """(N, K, G, V). Keys are the first C numbers of a cache row, values the slice ``values``."""
     width = query_NKGC.shape[-1]
@@ -128,8 +131,8 @@ def attend(
         rows_TKLW = cache_SKPW[part.slots, :, : part.length].expand(len(query_TKGC), -1, -1, -1)
         for head in range(query_NKGC.shape[1]):
             rows_TLW = rows_TKLW[:, head]
-            scores_TGL = torch.bmm(query_TKGC[:, head], rows_TLW[..., :width].transpose(1, 2))
-            scores_TGL[..., -BUCKET:].add_(part.mask_T1B)
+            keys_TCL = rows_TLW[..., :width].transpose(1, 2)
+            scores_TGL = torch.baddbmm(part.mask_T1L, query_TKGC[:, head], keys_TCL, alpha=scale)
             mixed_NKGV[part.rows, head] = torch.bmm(scores_TGL.softmax(-1), rows_TLW[..., values])
     return mixed_NKGV
 

@@ -8,11 +8,13 @@ Legend: N tokens, D hidden, E experts, K experts per token, S = N * K rows and p
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from r1mega.config.schema import Model
+from r1mega.rollout.engine.products import grouped, linear
 from r1mega.rollout.engine.weights import MlpWeights, MoeWeights
 
 EXPERT_ROWS = 8
@@ -34,7 +36,7 @@ def gated(gate_up: Tensor) -> Tensor:
 
 def route(model: Model, moe: MoeWeights, x_ND: Tensor) -> Routed:
     """A group of experts is scored by its two best, as Hugging Face does."""
-    scores_NE = functional.linear(x_ND, moe.router).sigmoid()
+    scores_NE = linear(x_ND, moe.router).sigmoid()
     choice_NE = scores_NE + moe.router_bias
     if model.topk_group < model.n_group:
         grouped = choice_NE.unflatten(-1, (model.n_group, -1))
@@ -50,25 +52,21 @@ def route(model: Model, moe: MoeWeights, x_ND: Tensor) -> Routed:
 
 def mix(experts: MlpWeights, routed: Routed, x_ND: Tensor) -> Tensor:
     """The weighted sum of what the chosen experts make of each token."""
-    chosen = routed.experts_NK.flatten()
-    num_experts = len(experts.gate_up)
-    counts_E = chosen.bincount(minlength=num_experts)
+    rows_NK, token_S, counts_E = _sort(routed.experts_NK.numpy(), len(experts.gate_up))
+    inner_SF = gated(grouped(x_ND.index_select(0, token_S), experts.gate_up, counts_E))
+    y_SD = grouped(inner_SF, experts.down, counts_E)
+    return functional.embedding_bag(rows_NK, y_SD, mode="sum", per_sample_weights=routed.weights_NK)
+
+
+def _sort(experts_NK: np.ndarray, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where every choice goes, the token of every row (any for padding), rows of every expert."""
+    chosen = experts_NK.ravel()
+    counts_E = np.bincount(chosen, minlength=num_experts)
     padding_E = -counts_E % EXPERT_ROWS
-    padding = torch.arange(num_experts).repeat_interleave(padding_E)
-    order_S = torch.cat([chosen, padding]).argsort(stable=True)
-    row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
-    token_S = (order_S // routed.experts_NK.shape[1]).clamp_(max=len(x_ND) - 1)
-    ends_E = (counts_E + padding_E).cumsum(0).to(torch.int32)
-    inner_SF = gated(_grouped(x_ND.index_select(0, token_S), experts.gate_up, ends_E))
-    y_SD = _grouped(inner_SF, experts.down, ends_E)
-    return functional.embedding_bag(
-        row_S[: len(chosen)].view_as(routed.experts_NK),
-        y_SD,
-        mode="sum",
-        per_sample_weights=routed.weights_NK,
-    )
-
-
-def _grouped(x_SK: Tensor, weights_EFK: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows up to ``ends_E[e]`` that are not of an earlier expert times the weights of expert e."""
-    return functional.grouped_mm(x_SK, weights_EFK.transpose(1, 2), offs=ends_E)
+    sorted_by = np.concatenate([chosen, np.arange(num_experts).repeat(padding_E)])
+    order_S = sorted_by.astype(np.uint16).argsort(kind="stable")  # 16 bits: by radix
+    rows_S = np.empty_like(order_S)
+    rows_S[order_S] = np.arange(len(order_S))
+    token_S = np.minimum(order_S // experts_NK.shape[1], len(experts_NK) - 1)
+    rows_NK = torch.from_numpy(rows_S[: len(chosen)].reshape(experts_NK.shape))
+    return rows_NK, torch.from_numpy(token_S), (counts_E + padding_E).tolist()

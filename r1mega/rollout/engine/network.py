@@ -23,6 +23,7 @@ from r1mega.rollout.engine import experts, rotary
 from r1mega.rollout.engine.attention import layer_attention, rotary_dim
 from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.plan import BUCKET, ROWS, Step, padded
+from r1mega.rollout.engine.products import linear
 from r1mega.rollout.engine.weights import MlpWeights, MoeWeights, Weights
 
 WIDTH = 4
@@ -66,11 +67,11 @@ class Network:
         """Logits of some rows, in front of padding rows."""
         chosen = rows.new_zeros(padded(len(rows), ROWS))
         chosen[: len(rows)] = rows
-        return functional.linear(hidden_ND.index_select(0, chosen), self.weights.head)
+        return linear(hidden_ND.index_select(0, chosen), self.weights.head)
 
 
 def _mlp(mlp: MlpWeights, x_ND: Tensor) -> Tensor:
-    return functional.linear(experts.gated(functional.linear(x_ND, mlp.gate_up)), mlp.down)
+    return linear(experts.gated(linear(x_ND, mlp.gate_up)), mlp.down)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

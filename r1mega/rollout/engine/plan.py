@@ -4,7 +4,7 @@ A token attends over its position rounded up to ``BUCKET`` keys, whatever its co
 share that length and whose slots follow each other (or are one slot) read the cache in place;
 where too many such runs would cost more than copying keys, the rows of one length are gathered.
 
-Legend: R chunks (one per request of the step), N tokens, T tokens of one part, B bucket.
+Legend: R chunks (one per request of the step), N tokens, T tokens of one part, L keys.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 ROWS = 16  # of matrix products: see network.py
-BUCKET = 64
+BUCKET = 32
 _ROWS_PER_RUN = 8  # shorter runs, on average, are gathered instead
 
 
@@ -36,7 +36,7 @@ class Part:
     rows: slice | Tensor
     slots: slice | Tensor  # one for every row, or one for all
     length: int
-    mask_T1B: Tensor  # for the scores of the last keys: 0 up to the token's own, else -inf
+    mask_T1L: Tensor  # 0 up to the token's own position, else -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ def _prompt_parts(row: int, slot: int, start: int, count: int) -> Iterator[Part]
     shift = row - start
     for length in range(padded(start + 1, BUCKET), padded(start + count, BUCKET) + 1, BUCKET):
         first, stop = max(start, length - BUCKET), min(start + count, length)
-        mask_T1B = _mask(np.arange(first, stop))
-        yield Part(slice(first + shift, stop + shift), slice(slot, slot + 1), length, mask_T1B)
+        mask_T1L = _mask(np.arange(first, stop), length)
+        yield Part(slice(first + shift, stop + shift), slice(slot, slot + 1), length, mask_T1L)
 
 
 def _single_parts(
@@ -98,20 +98,20 @@ def _single_parts(
     cuts = (np.flatnonzero(is_cut_T) + 1).tolist()
     if len(cuts) * _ROWS_PER_RUN <= len(rows_T):
         for first, stop in pairwise([0, *cuts, len(rows_T)]):
-            row, slot = int(rows_T[first]), int(slots_T[first])
+            row, slot, length = int(rows_T[first]), int(slots_T[first]), int(lengths_T[first])
             yield Part(
                 slice(row, row + stop - first),
                 slice(slot, slot + stop - first),
-                int(lengths_T[first]),
-                _mask(positions_T[first:stop]),
+                length,
+                _mask(positions_T[first:stop], length),
             )
         return
     for length in np.unique(lengths_T).tolist():
         of_length = lengths_T == length
         rows, slots = torch.from_numpy(rows_T[of_length]), torch.from_numpy(slots_T[of_length])
-        yield Part(rows, slots, length, _mask(positions_T[of_length]))
+        yield Part(rows, slots, length, _mask(positions_T[of_length], length))
 
 
-def _mask(positions_T: np.ndarray) -> Tensor:
-    is_ahead_T1B = np.arange(BUCKET) > (positions_T % BUCKET)[:, None, None]
-    return torch.from_numpy(np.where(is_ahead_T1B, np.float32(-np.inf), np.float32(0.0)))
+def _mask(positions_T: np.ndarray, length: int) -> Tensor:
+    is_ahead_T1L = np.arange(length) > positions_T[:, None, None]
+    return torch.from_numpy(np.where(is_ahead_T1L, np.float32(-np.inf), np.float32(0.0)))

@@ -40,6 +40,8 @@ class Identity:
 
     model_path: str
     served_model_name: str
+    model_type: str
+    architectures: list[str]
     load_format: str
     host: str
     port: int
@@ -249,8 +251,8 @@ class Routes:
                 "preferred_sampling_params": None,
                 "weight_version": self.engine.scheduler.version,
                 "load_format": identity.load_format,
-                "model_type": "deepseek_v3",
-                "architectures": ["DeepseekV3ForCausalLM"],
+                "model_type": identity.model_type,
+                "architectures": identity.architectures,
             }
         )
 

@@ -1,4 +1,4 @@
-"""The network equals transformers' DeepseekV3ForCausalLM on the same weights."""
+"""The network equals transformers' on the same weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +13,13 @@ from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.network import Network
 from r1mega.rollout.engine.plan import Chunks, plan
 from r1mega.rollout.engine.weights import allocate, check_names, checksums, load, load_folder
+from tests.unit.rollout.engine.tools import MODELS
 
 NUM_TOKENS = 150
 CHUNKS = (1, 7, 50, 64, 3, 1, 1, 1, 22)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "plain", "no_q_lora", "one_group"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_logits_of_chunked_prefill_and_decode_equal_transformers(saved: Callable, kind: str):
     own = saved(kind)
     weights = allocate(own.model)
@@ -41,8 +42,9 @@ def test_logits_of_chunked_prefill_and_decode_equal_transformers(saved: Callable
     assert expected.abs().max() > 1  # the comparison means something
 
 
-def test_every_parameter_has_its_hugging_face_name_and_value(saved: Callable):
-    own = saved("yarn")
+@pytest.mark.parametrize("kind", ["yarn", "qwen2", "llama"])
+def test_every_parameter_has_its_hugging_face_name_and_value(saved: Callable, kind: str):
+    own = saved(kind)
     weights = allocate(own.model)
     load_folder(weights, own.folder)
     stored = load_file(own.folder / "model.safetensors")

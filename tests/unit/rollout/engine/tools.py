@@ -21,15 +21,33 @@ MODELS = {
     "plain": Model(),
     "no_q_lora": Model(q_lora_rank=None, rope_scaling=YARN, max_position_embeddings=2560),
     "one_group": Model(n_group=1, topk_group=1, num_experts_per_tok=2, rms_norm_eps=1e-5),
+    "wide": Model(  # large enough for the other library of products.py
+        hidden_size=256, intermediate_size=320, moe_intermediate_size=128, num_hidden_layers=2
+    ),
+    "qwen2": Model(architecture="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    "llama": Model(
+        architecture="llama",
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=24,
+        attention_bias=True,
+        max_position_embeddings=2560,
+        rope_scaling=RopeScaling(
+            rope_type="llama3", factor=8.0, original_max_position_embeddings=64
+        ),
+    ),
 }
+DEEPSEEK = ("yarn", "plain", "no_q_lora", "one_group", "wide")
+DENSE = ("qwen2", "llama")
 CONTEXT = 256
 
 
 def reference(model: Model, seed: int) -> Any:
     """transformers' own network with weights large enough to make a difference."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    network = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model))).eval()
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model))).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         is_matrix = parameter.dim() > 1

@@ -146,6 +146,8 @@ def _latent_attention(m: Model, p: Parallel, learner: Learner) -> Iterator[str]:
             f"original_max_position_embeddings={yarn.original_max_position_embeddings} positions "
             f"in {2 * p.cp} equal chunks; use a cp whose double divides it"
         )
+    if learner.mtp_loss_weight > 0 and m.tie_word_embeddings:
+        yield "learner.mtp_loss_weight above 0 needs model.tie_word_embeddings=false"
     if learner.mtp_loss_weight > 0 and p.cp > 1:
         yield f"learner.mtp_loss_weight above 0 needs parallel.cp=1, got {p.cp}"
 

@@ -5,6 +5,7 @@ of the target tokens; output weight and log-prob are fused in chunks, so full lo
 Shapes: T packed tokens, R target rows, H hidden, E experts.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,17 @@ class PolicyModel(GPTModel):
             # Called rather than only read, because hooks of the output layer wait for its weight
             # when Megatron gathers weights while the forward pass goes on (overlap_param_gather).
             self.output_layer.forward = vocab_parallel_logprobs
-        if self.mtp_process and detaches_mtp:
-            for parameter in self.mtp.parameters():
-                # Megatron's word for "not in the gradient norm": clipping must not depend on it.
-                parameter.shared = True
+        if self.mtp_process:
+            self._set_up_mtp()
+
+    def _set_up_mtp(self) -> None:
+        for layer in self.mtp.layers:
+            # megatron-core 0.16.1 cannot recompute it when packed; the other layers still are.
+            layer.config = copy.copy(self.config)
+            layer.config.recompute_granularity = None
+        for parameter in self.mtp.parameters() if self.detaches_mtp else ():
+            # Megatron's word for "not in the gradient norm": clipping must not depend on it.
+            parameter.shared = True
 
     def forward(
         self,
@@ -118,7 +126,7 @@ class PolicyModel(GPTModel):
             return [hidden_states]
         trunk, embedding = hidden_states, self.embedding
         if self.detaches_mtp:
-            trunk = hidden_states.detach().requires_grad_()  # or recompute would see no gradient
+            trunk = hidden_states.detach()
 
             def embedding(**tokens: Tensor) -> Tensor:
                 return self.embedding(**tokens).detach()

@@ -21,7 +21,7 @@ WEIGHT = 0.3
 SETTINGS = replace(tiny.SETTINGS, adam_eps=1e-3, mtp_loss_weight=WEIGHT)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {"world": 1},
-    "tp2 pp2 ep2": {"world": 4, "tp": 2, "pp": 2, "ep": 2},
+    "tp2 pp2 ep2, recomputed": {"world": 4, "tp": 2, "pp": 2, "ep": 2, "recompute": "full"},
 }
 
 
@@ -76,12 +76,13 @@ def joint_loss(network: Any, batch: Batch) -> torch.Tensor:
     return tiny.next_token_loss(network, batch) + WEIGHT * mtp_loss(network, batch)
 
 
-def joint_facts(init: str, **axes: Any) -> dict[str, Any]:
+def joint_facts(init: str, recompute: str = "none", **axes: Any) -> dict[str, Any]:
     """Runs on every rank: gradients, and metrics and weights of two updates."""
     from r1mega.algorithms.losses import next_token_loss
 
+    settings = replace(SETTINGS, recompute=recompute)
     model = replace(MODEL, init=init)
-    learner = tiny.tiny_learner(model=model, settings=SETTINGS, mtp="joint", **axes)
+    learner = tiny.tiny_learner(model=model, settings=settings, mtp="joint", **axes)
     return {
         "gradients": tiny.gradients(learner),
         "metrics": [
@@ -120,19 +121,19 @@ def test_losses_and_gradients_equal_the_equations(layout: str, joint: Any, netwo
 
 
 def test_updates_equal_a_single_process(joint: Any) -> None:
-    mine, single = joint["tp2 pp2 ep2"], joint["single"]
+    mine, single = joint["tp2 pp2 ep2, recomputed"], joint["single"]
     for key in ("loss", "mtp/loss", "learner/grad_norm"):
         expected = [step[key] for step in single["metrics"]]
         assert [step[key] for step in mine["metrics"]] == pytest.approx(expected, rel=1e-5), key
     tiny.assert_close(mine["updated"], single["updated"])
 
 
-def rl_facts(init: str, **axes: Any) -> dict[str, Any]:
+def rl_facts(init: str, recompute: str = "none", **axes: Any) -> dict[str, Any]:
     """Runs on every rank: GRPO updates without, then with MTP layers beside the policy."""
     from r1mega.algorithms.losses import ClippedSurrogate
 
     loss = ClippedSurrogate(clip_low=0.2, clip_high=0.2, kl_coef=0.1)
-    settings = replace(SETTINGS, clip_grad=0.1, expert_bias_update_rate=1e-3)
+    settings = replace(SETTINGS, clip_grad=0.1, expert_bias_update_rate=1e-3, recompute=recompute)
     facts, groups = {}, None
     for mtp in ("none", "detached"):
         learner = tiny.tiny_learner(
@@ -149,7 +150,7 @@ def rl_facts(init: str, **axes: Any) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2 pp2 ep2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_rl_the_policy_is_trained_as_without_mtp_layers(layout: str, network: Any) -> None:
     """Bit for bit, clipping of the gradient included; the MTP layers learn."""
     facts = run_ranks(__name__, "rl_facts", init=str(network[0]), **LAYOUTS[layout])[0]

@@ -54,6 +54,10 @@ SINGLE = {
     ),
     "LLAMA TP2 parallel.ep=2": "parallel.ep=2 has no meaning for llama; unset it",
     "LLAMA learner.mtp_loss_weight=0.3": "learner.mtp_loss_weight=0.3 has no meaning for llama",
+    "MTP model.tie_word_embeddings=true": "learner.mtp_loss_weight above 0 needs model.tie_word_em",
+    "MTP parallel.cp=2 cluster.learner_processes_per_node=2": (
+        "learner.mtp_loss_weight above 0 needs parallel.cp=1, got 2"
+    ),
     "learner.mtp_loss_weight=0.3": (
         "learner.mtp_loss_weight=0.3 needs MTP layers, but model.num_nextn_predict_layers=0"
     ),
@@ -272,6 +276,7 @@ SHORTHANDS = {
     "GPU": [*CUDA, "cluster.gpus_per_engine=1"],
     "NET": ["cluster.host=10.0.0.1"],
     "LLAMA": ["model.architecture=llama"],
+    "MTP": ["model.num_nextn_predict_layers=1", "learner.mtp_loss_weight=0.3"],
     "EP2": ["parallel.ep=2", "cluster.learner_processes_per_node=2"],
     "AWARE": ["learner.precision_aware_optimizer=true"],
     "SELECTIVE": ["learner.recompute=selective"],

@@ -145,6 +145,7 @@ TABLE = (
     Row("copy", "model.embed_tokens.weight", "output_layer.weight", "vocab hidden", 0, only="tied"),
     Row("copy", "model.embed_tokens.weight", "embedding.word_embeddings.weight",
         "vocab hidden", 0, only="mtp"),
+    # Published MTP layers also hold copies of embedding and head; the main ones serve both.
     Row("mtp", "enorm.weight", "enorm.weight", "hidden"),
     Row("mtp", "hnorm.weight", "hnorm.weight", "hidden"),
     Row("mtp", "eh_proj.weight", "eh_proj.weight", "hidden twice_hidden", 0),

@@ -34,9 +34,10 @@ def _ranks(config: Config) -> Iterator[Row]:
         f"{cluster.learner_nodes} nodes x {cluster.learner_processes_per_node} processes",
     )
     dp = derived.data_parallel_size(cluster, p)
-    edp = derived.expert_data_parallel_size(cluster, p)
     yield "dense axes", f"tp {p.tp}  cp {p.cp}  dp {dp}  pp {p.pp}", "product: world"
-    yield "expert axes", f"etp {p.etp}  ep {p.ep}  edp {edp}  pp {p.pp}", "fold tp cp dp"
+    if not network.is_dense(config.model):
+        edp = derived.expert_data_parallel_size(cluster, p)
+        yield "expert axes", f"etp {p.etp}  ep {p.ep}  edp {edp}  pp {p.pp}", "fold tp cp dp"
 
 
 def _network(config: Config) -> Iterator[Row]:

@@ -86,6 +86,16 @@ def test_query_key_value_are_interleaved_per_group() -> None:
     ]
 
 
+def test_transformer_engine_folds_the_norms_of_a_dense_layer() -> None:
+    spec = Spec(fused_norms=True)
+    names = {s.hf_name: s.megatron_name for s in parameter_slices(LLAMA, Layout(world=1), 0, spec)}
+    layer, block = "model.layers.3.", "decoder.layers.3."
+    folded = block + "self_attention.linear_qkv.layer_norm_weight"
+    assert names[layer + "input_layernorm.weight"] == folded
+    folded = block + "mlp.linear_fc1.layer_norm_weight"
+    assert names[layer + "post_attention_layernorm.weight"] == folded
+
+
 def test_a_last_stage_holds_a_copy_of_a_tied_embedding() -> None:
     names = [
         [(p.hf_name, p.megatron_name) for p in parameter_slices(QWEN2, Layout(world=2, pp=2), rank)]

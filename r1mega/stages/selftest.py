@@ -95,7 +95,7 @@ def train_alone(config: Config, backend: Backend) -> dict[str, Tensors]:
 def train(learner: Learner, config: Config) -> dict[str, Tensors]:
     """One step; what it computes by kind and name, whole tensors on rank 0 alone."""
     batch = random_batch(config.model.vocab_size, seed=config.seed)
-    rl = config.stage.kind == "rl"
+    initial, rl = _whole(learner), config.stage.kind == "rl"
     loss: Loss = grpo.surrogate(config.algorithm) if rl else next_token_loss
     rows = zip(batch.sequences, learner.logprobs(batch), strict=True)
     logprobs = {s.uid: torch.tensor(row) for s, row in rows}
@@ -107,6 +107,7 @@ def train(learner: Learner, config: Config) -> dict[str, Tensors]:
     learner.weights.swap(held)
     numbers = {name: torch.tensor(metrics[name]) for name in ("loss", "learner/grad_norm")}
     return {
+        "initial weights": initial,
         "log-probs": logprobs,
         "loss and norm": numbers,
         "gradients": gradients,

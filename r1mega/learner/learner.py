@@ -64,6 +64,7 @@ class Learner:
         outputs = self._run(microbatches, loss)
         metrics = self._reduce(outputs, self._rerouted(batch, microbatches))
         _check_finite("loss", metrics["loss"])  # before any weight changes
+        _check_finite("loss of the MTP layers", metrics.get("mtp/loss", 0.0))
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
         _check_finite("gradient norm", grad_norm)
         seconds = time.perf_counter() - started

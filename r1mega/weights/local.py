@@ -30,7 +30,7 @@ class LocalWeights:
     slices: tuple[ParameterSlice, ...]
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
     settle: Callable[[], None] = lambda: None  # ends what an update left under way; collective
-    owners: Owners  # half a second of arithmetic at 671B: done once
+    owners: Owners  # a second of arithmetic at 671B: done once
 
     def blocks(self, piece: ParameterSlice) -> Tensor:
         """The live view [blocks, rows of each, ...] of one slice: writing to it writes the

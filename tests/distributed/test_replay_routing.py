@@ -156,6 +156,19 @@ def biases(learner: Any) -> list[list[float]]:
     return [found[name] for name in sorted(found)]
 
 
+def refusals(learner: Any, batch: Batch, experts: Experts) -> list[str]:
+    """What is said when the ids of the last sequence are another model's, and when it has none."""
+    replayed = replaying(batch, experts)
+    *others, last = replayed.sequences
+    said = []
+    for wrong in (RoutedExperts(dtype="uint8", ids=bytes(7)), None):
+        sequences = (*others, replace(last, routed_experts=wrong))
+        with pytest.raises(ValueError, match=last.uid) as caught:
+            learner.logprobs(replace(replayed, sequences=sequences))
+        said.append(str(caught.value))
+    return said
+
+
 def layout_facts(init: str, folder: str, axes: Any, settings: Any) -> dict[str, Any]:
     """One layout: a step without replay, with the learner's own experts, and with others."""
     model = tiny.with_init(Path(init))
@@ -168,6 +181,7 @@ def layout_facts(init: str, folder: str, axes: Any, settings: Any) -> dict[str, 
         "free": step_facts(learner, batch),
         "own": step_facts(learner, replaying(batch, load_experts(own))),
         "other": step_facts(learner, replaying(batch, others)),
+        "refused": refusals(learner, batch, others) if learner.groups.layout.world == 1 else [],
     }
     moving = replace(tiny.SETTINGS, expert_bias_update_rate=RATE, **settings)
     learner = tiny.tiny_learner(model=model, settings=moving, groups=learner.groups)
@@ -262,6 +276,12 @@ def test_the_load_counts_the_experts_used(found: Any) -> None:
         assert moved.tolist() == pytest.approx((RATE * ahead[sure].sign()).tolist(), abs=1e-6)
         num_checked += int(sure.sum())
     assert num_checked > 0.8 * NUM_LAYERS * NUM_EXPERTS
+
+
+def test_ids_that_are_missing_or_of_another_model_are_refused(found: Any) -> None:
+    foreign, missing = found(1)[0]["single"]["refused"]
+    assert "comes with 7 expert ids of uint8, but the model routes (" in foreign
+    assert "comes without the experts it was routed to" in missing
 
 
 def forced(network: Any, batch: Batch, experts: Experts) -> Any:

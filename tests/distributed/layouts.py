@@ -208,8 +208,8 @@ def deviations(mine: Facts, reference: Facts) -> dict[str, float]:
     """The largest difference of each kind, over all ranks.
 
     Log-probs: absolute. Metrics: relative, of values below 0.1 relative to that (a surrogate's
-    terms cancel). Weights: relative to the largest entry of the tensor, or to a step's rate where
-    that is larger (biases start from zero).
+    terms cancel). Weights: relative to the largest entry of the tensor, or to what weights are
+    drawn with where that is larger: biases start from zero and hold little but gradients yet.
     """
     expected = reference.ranks[0]
     worst: dict[str, float] = {}
@@ -229,6 +229,6 @@ def deviations(mine: Facts, reference: Facts) -> dict[str, float]:
     assert mine.weights.keys() == reference.weights.keys()
     for name, tensor in mine.weights.items():
         other = reference.weights[name]
-        scale = max(other.abs().max().item(), LR)
+        scale = max(other.abs().max().item(), tiny.MODEL.initializer_range)
         note(f"weights {name}", (tensor - other).abs().max().item() / scale)
     return worst

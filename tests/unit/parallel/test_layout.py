@@ -41,6 +41,13 @@ def test_coordinates_and_ranks_are_inverse() -> None:
         assert layout.rank(**{axis: place[axis] for axis in ("etp", "ep", "edp", "pp")}) == rank
 
 
+def test_ranks_that_share_experts() -> None:
+    assert Layout(world=8, ep=4).expert_peers(5) == [4, 5, 6, 7]
+    assert Layout(world=8, tp=2, ep=2, etp=2).expert_peers(3) == [0, 1]
+    assert Layout(world=8, tp=2, pp=2, ep=2).expert_peers(6) == [1]  # both are tp ranks of it
+    assert Layout(world=8, cp=2, ep=4).expert_peers(0) == [0, 1]
+
+
 def test_uneven_and_interleaved_stages() -> None:
     uneven = stage_layers(61, 16, first=3, last=2)
     assert [len(chunks[0]) for chunks in uneven] == [3, *[4] * 14, 2]

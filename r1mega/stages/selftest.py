@@ -8,7 +8,7 @@ draws samples that the learner scores again. Differences are relative to a tenso
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,8 @@ from r1mega.stages.generation import open_generation
 from r1mega.stages.worker import Worker, open_policy, open_worker
 from r1mega.system.stopwatch import Stopwatch
 
-# Rounding: fp32 sums in another order; in bf16 it also sends some tokens to other experts.
-ALLOWED = {"fp32": 1e-5, "bf16": 0.1}
+# Rounding: fp32 sums in another order (4e-6 was seen); in bf16 some tokens go to other experts too.
+ALLOWED = {"fp32": 2e-5, "bf16": 0.1}
 _NUM_SEQUENCES = 16
 _BIAS = "e_score_correction_bias"  # moved by a rule of its own: it has no gradient
 
@@ -65,8 +65,8 @@ def main(config: Config, backend: Backend) -> int:
     worker = open_worker(config, backend)
     found = train(worker.learner, config)
     comparisons = compare_training(expected, found, ALLOWED[config.learner.precision])
-    layout = " ".join(f"{axis}{size}" for axis, size in _axes(worker.groups.layout) if size > 1)
-    worker.say(f"one process against {layout or 'one process'}:")
+    layout = _name(worker.groups.layout)
+    worker.say(f"one process against {layout}:")
     for comparison in comparisons:
         worker.say(f"  {comparison}")
     if config.stage.kind == "rl":
@@ -79,10 +79,11 @@ def main(config: Config, backend: Backend) -> int:
     return 0
 
 
-def _axes(layout: Layout) -> Iterator[tuple[str, int]]:
-    for axis in ("tp", "pp", "cp", "dp", "ep", "etp"):
-        yield axis, layout.size(axis)
-    yield "vpp", layout.vpp or 1
+def _name(layout: Layout) -> str:
+    """``tp2 pp2 ep4``"""
+    sizes = {axis: layout.size(axis) for axis in ("tp", "pp", "cp", "dp", "ep", "etp")}
+    sizes["vpp"] = layout.vpp or 1
+    return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "one process"
 
 
 def train_alone(config: Config, backend: Backend) -> dict[str, Tensors]:
@@ -105,11 +106,12 @@ def train(learner: Learner, config: Config) -> dict[str, Tensors]:
     show_gradients(learner.optimizer, learner.chunks, adam_beta1=config.learner.adam_beta1)
     gradients = {name: g for name, g in _whole(learner).items() if not name.endswith(_BIAS)}
     learner.weights.swap(held)
-    numbers = {name: torch.tensor(metrics[name]) for name in ("loss", "learner/grad_norm")}
+    # Together, as the loss of GRPO may be anywhere near zero.
+    numbers = torch.tensor([metrics["loss"], metrics["learner/grad_norm"]])
     return {
         "initial weights": initial,
         "log-probs": logprobs,
-        "loss and norm": numbers,
+        "loss": {"loss and gradient norm": numbers},
         "gradients": gradients,
         "updated weights": updated,
     }

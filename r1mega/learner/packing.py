@@ -80,7 +80,11 @@ def _best_count(costs: Integers, counts: range, *, dp: int, bubble: float, overh
 def _place(
     costs: Integers, sizes: Integers, dp: int, count: int, budget: int, *, pipelined: bool
 ) -> list[list[list[int]]] | None:
-    """``count`` microbatches for each of ``dp`` ranks, or None when the budget is too tight."""
+    """``count`` microbatches for each of ``dp`` ranks, or None when the budget is too tight.
+
+    The cheapest stand at both ends, where a pipeline fills and drains; ranks that share experts
+    meet in microbatches of similar cost.
+    """
     at_least = count if len(costs) >= dp * count else 0
     ranks = spread(costs, sizes, dp, capacity=count * budget, at_least=at_least)
     if ranks is None:
@@ -92,23 +96,23 @@ def _place(
             return None
         if pipelined:
             bins = _fill_up(costs[rank], sizes[rank], bins, budget)
-        parts.append([[int(rank[i]) for i in b] for b in bins])
+        bins = sorted(bins, key=lambda b: int(costs[rank[b]].sum()))
+        parts.append([rank[b].tolist() for b in bins[::2] + bins[1::2][::-1]])
     return parts
 
 
 def _fill_up(costs: Integers, sizes: Integers, bins: list[Integers], budget: int) -> list[Integers]:
-    """The same items in as many bins, none costlier than before, the cheapest at both ends.
+    """The same items in as many bins, none costlier than before, but some cheaper.
 
     What makes some microbatch costly is often one sequence. Bins filled up to its cost leave cheap
     ones over, with which a pipeline fills and drains.
     """
     ceiling = max(int(costs[b].sum()) for b in bins)
-    at_least = min(len(b) for b in bins)
-    bin_of = _longest_first(costs, sizes, len(bins), budget, min(at_least, 1), ceiling=ceiling)
-    if bin_of is not None:
-        bins = [np.flatnonzero(bin_of == number) for number in range(len(bins))]
-    bins = sorted(bins, key=lambda b: int(costs[b].sum()))
-    return bins[::2] + bins[1::2][::-1]
+    at_least = min(1, *(len(b) for b in bins))
+    bin_of = _longest_first(costs, sizes, len(bins), budget, at_least, ceiling)
+    if bin_of is None:
+        return bins
+    return [np.flatnonzero(bin_of == number) for number in range(len(bins))]
 
 
 def spread(

@@ -70,7 +70,7 @@ def test_one_long_sequence_weighs_as_much_as_its_attention() -> None:
 
 def test_a_sequence_above_the_budget_travels_alone() -> None:
     packing = pack([100, 10, 10, 10], dp=1, tokens_per_microbatch=30, crossover_tokens=CROSSOVER)
-    assert packing.parts == [[[0], [1, 2, 3]]]
+    assert packing.parts == [[[1, 2, 3], [0]]]
 
 
 def test_a_pipeline_fills_and_drains_with_cheap_microbatches() -> None:

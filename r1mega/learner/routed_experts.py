@@ -104,11 +104,10 @@ class _Exchange:
         }
         return [ids[i] for i in mine]
 
-    def _parcel(self, indices: list[int], layers: list[int]) -> Tensor:
-        """What this rank has of ``indices``, as bytes."""
+    def _parcel(self, indices: list[int], layers: list[int]) -> bytes:
+        """What this rank has of ``indices``."""
         owned = [i for i in indices if self.owners[i] == self.groups.rank]
-        parts = [np.ascontiguousarray(self._ids(i)[:, layers]).view(np.uint8) for i in owned]
-        return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *map(np.ravel, parts)]))
+        return b"".join(self._ids(i)[:, layers].tobytes() for i in owned)
 
     def _ids(self, index: int) -> NDArray[np.generic]:
         """All layers' ids of a sequence that this rank has."""

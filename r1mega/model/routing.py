@@ -57,7 +57,7 @@ class RouterGuide:
         """``place`` on axis M of the recorded ids, None when the layer has none; ``group``: tp."""
         self._place = place
         self._group = group
-        self._packing: Packing | None = None
+        self._packing: Packing  # of the microbatch that is running: known once the layer is entered
         # Recomputing the experts alone begins behind the layer's door: the backward passes of a
         # chunk come in the order of its forward passes.
         self._to_recompute: deque[Packing] = deque()
@@ -76,15 +76,15 @@ class RouterGuide:
         default_compute_topk: _TopK,
     ) -> tuple[Tensor, Tensor]:
         """What megatron-core's router asks: the scores and ids of the experts to use, [S, K]."""
-        packing = self._packing
         values_SK, own_SK = default_compute_topk(scores_SE, topk, num_groups, group_topk)
-        if packing is None or packing.expert_ids_TMK is None or self._place is None:
+        expert_ids_TMK = self._packing.expert_ids_TMK
+        if expert_ids_TMK is None or self._place is None:
             return values_SK, own_SK
-        recorded_SK = self._shard(packing.expert_ids_TMK[:, self._place]).to(own_SK.dtype)
+        recorded_SK = self._shard(expert_ids_TMK[:, self._place]).to(own_SK.dtype)
         used_SK = torch.where(recorded_SK == FREE, own_SK, recorded_SK)
         if torch.is_grad_enabled():  # so once per token and layer, also with recompute
             differs_SK = used_SK.sort(-1).values != own_SK.sort(-1).values
-            packing.rerouted += differs_SK.any(-1).sum()
+            self._packing.rerouted += differs_SK.any(-1).sum()
         return scores_SE.gather(1, used_SK), used_SK
 
     def _enter(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -102,7 +102,6 @@ class RouterGuide:
         megatron-core 0.16.1 accepts a padding mask, but with expert_bias it fails to broadcast.
         """
         if router.enable_expert_bias and torch.is_grad_enabled():
-            assert self._packing is not None, "the learner always packs"
             routing_map_SE = output[1]
             padding_S = self._shard(self._packing.padding_T)
             router.local_tokens_per_expert -= (routing_map_SE & padding_S[:, None]).sum(dim=0)

@@ -69,15 +69,16 @@ def gather_records(value: T, type_: Any, *, group: ProcessGroup, device: torch.d
 
 
 def exchange_bytes(
-    outgoing: list[Tensor], incoming: list[int], *, group: ProcessGroup, device: torch.device
+    outgoing: list[bytes], incoming: list[int], *, group: ProcessGroup, device: torch.device
 ) -> list[Tensor]:
-    """``outgoing[i]`` (uint8) to rank i of the group; returns what came from each, on the host.
+    """``outgoing[i]`` to rank i of the group; what came from each (uint8, on the host).
 
-    ``incoming``: the sizes to expect. Ranks that have nothing for each other do not talk.
+    ``incoming``: how many bytes to expect from each.
     """
-    received = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
     sizes = [len(parcel) for parcel in outgoing]
-    dist.all_to_all_single(received, torch.cat(outgoing).to(device), incoming, sizes, group=group)
+    sent = _bytes_tensor(b"".join(outgoing), sum(sizes), device)
+    received = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, sent, incoming, sizes, group=group)
     return list(received.cpu().split(incoming))
 
 

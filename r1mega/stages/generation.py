@@ -118,19 +118,25 @@ class Replay:
     folder: Path
     numbers: tuple[int, ...]
     groups: Groups
+    replays_routing: bool
 
     @classmethod
-    def open(cls, folder: str, groups: Groups) -> "Replay":
-        numbers = tuple(rollout_numbers(Path(folder)))
-        return cls(folder=Path(folder), numbers=numbers, groups=groups)
+    def open(cls, folder: str, groups: Groups, *, replays_routing: bool) -> "Replay":
+        return cls(
+            folder=Path(folder),
+            numbers=tuple(rollout_numbers(Path(folder))),
+            groups=groups,
+            replays_routing=replays_routing,
+        )
 
     def draw(self, prompts: list[Prompt], *, rollout: int, step: int) -> Drawn:
         """The kept rollout ``rollout``; they start over when there are fewer than asked for."""
         path = rollout_path(self.folder, self.numbers[rollout % len(self.numbers)])
-        kept, experts = read_rollout(path), {}
-        if self.groups.is_dp_leader:  # as after drawing: each leader has a part
+        kept = read_rollout(path)
+        if self.replays_routing and self.groups.is_dp_leader:  # as drawn: each leader has a part
             experts = read_routed_experts(path, self.groups.place["dp"], self.groups.layout.dp)
-        return Drawn(groups=with_routed_experts(kept, experts), metrics={})
+            kept = with_routed_experts(kept, experts)
+        return Drawn(groups=kept, metrics={})
 
     def draw_for_evaluation(self, prompts: list[Prompt], *, step: int) -> None:
         """Nothing can be drawn."""

@@ -122,8 +122,10 @@ def _open_source(
     worker: Worker, watch: Stopwatch, stop_token_ids: tuple[int, ...]
 ) -> Iterator[Generation | Replay]:
     """Engines, or the kept rollouts that stand in for them."""
-    if worker.config.rollout.replay is not None:
-        yield Replay.open(worker.config.rollout.replay, worker.groups)
+    config = worker.config
+    if config.rollout.replay is not None:
+        replays_routing = config.algorithm.replay_routing
+        yield Replay.open(config.rollout.replay, worker.groups, replays_routing=replays_routing)
         return
     with open_generation(worker, watch, stop_token_ids) as generation:
         yield generation

@@ -11,7 +11,7 @@ from r1mega.config.schema import Config, Learner, Model, Parallel, Stage
 
 # What selective recompute may forget, by Megatron's names; each wants something to be there.
 _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
-_OF_EXPERTS = ("mla_up_proj", "moe", "moe_act", "shared_experts")
+_OF_DEEPSEEK_V3 = ("mla_up_proj", "moe", "moe_act", "shared_experts")
 
 _OURS = (
     "calculate_per_token_loss",
@@ -28,6 +28,15 @@ _OURS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+_KEYS = {
+    "recompute_granularity": "learner.recompute",
+    "recompute_modules": "learner.recompute_modules",
+    "moe_token_dispatcher_type": "learner.dispatcher",
+    "moe_grouped_gemm": "learner.grouped_gemm",
+    "moe_router_bias_update_rate": "learner.expert_bias_update_rate",
+    "fp8": "learner.fp8",
+    "bf16": "learner.precision",
+}
 _AUXILIARY = (
     "Megatron weighs auxiliary losses by microbatch, so that their gradient would depend on "
     "packing and layout (learner.expert_bias_update_rate balances without a loss)"
@@ -106,7 +115,7 @@ def _recompute(learner: Learner, model: Model) -> Iterator[str]:
         )
     if not modules:
         yield "learner.recompute_modules=[] recomputes nothing; use learner.recompute=none"
-    if network.is_dense(model) and (absent := set(modules) & set(_OF_EXPERTS)):
+    if network.is_dense(model) and (absent := set(modules) & set(_OF_DEEPSEEK_V3)):
         yield (
             f"learner.recompute_modules={modules}: {model.architecture} has no "
             f"{', '.join(sorted(absent))}; use core_attn, layernorm, mlp"
@@ -149,6 +158,8 @@ def _megatron(fields: dict[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
         if name in _OURS:
             yield f"learner.megatron.{name}={value}: parallel.* and the loss decide this; remove it"
+        elif key := _KEYS.get(name):
+            yield f"learner.megatron.{name}={value}: say it as {key}, where it is checked"
         elif (why := _DEPENDS_ON_PACKING.get(name)) and value not in (None, 0, "none"):
             yield f"learner.megatron.{name}={value}: {why}; remove it"
 

@@ -153,6 +153,9 @@ SINGLE = {
         "learner.optimizer_offload=1 updates on the host, where moments are fp32; use"
     ),
     "learner.optimizer_offload=-1": "learner.optimizer_offload=-1.0: must be between 0 and 1",
+    "learner.megatron.recompute_modules=[moe]": (
+        "learner.megatron.recompute_modules=['moe']: say it as learner.recompute_modules"
+    ),
     "learner.recompute_modules=[mlp]": (
         "learner.recompute_modules=['mlp'] has no meaning with learner.recompute=none"
     ),

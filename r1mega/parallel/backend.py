@@ -1,7 +1,10 @@
 """The two kinds of machine behind one small interface: CPU with gloo, CUDA with NCCL."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -40,7 +43,6 @@ def open_backend(kind: Literal["cpu", "cuda"]) -> Backend:
 
         cpu_shim.install()
         torch.set_num_threads(1)  # a second thread per rank costs more than it brings
-        prefer_onednn()
         return Backend(device=torch.device("cpu"), collective="gloo")
     if not torch.cuda.is_available():
         raise ValueError(
@@ -53,15 +55,29 @@ def open_backend(kind: Literal["cpu", "cuda"]) -> Backend:
     return Backend(device=device, collective="nccl")
 
 
-def prefer_onednn() -> None:
-    """Large fp32 products by oneDNN, which on AMD's AVX-512 takes half the time of MKL.
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Large fp32 products on a CPU by oneDNN, which on AMD's AVX-512 takes half the time of MKL.
 
-    The switch that selects it permits bf16 arithmetic too. oneDNN makes use of that where there is
-    AMX; on such a CPU the switch is put back.
+    Not for a whole process: PyTorch's CPU attention takes five times as long with it on short
+    sequences. The switch that selects it also permits bf16 arithmetic, which oneDNN makes use of
+    where there is AMX; there, nothing is switched.
     """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    usual = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if _onednn_keeps_fp32() else usual
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = usual
+
+
+@cache
+def _onednn_keeps_fp32() -> bool:
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     usual, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     sample = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     exact = sample.double() @ sample.double()
-    if (sample @ sample - exact).norm() > 1e-6 * exact.norm():
-        matmul.fp32_precision = usual
+    error = (sample @ sample - exact).norm() / exact.norm()
+    matmul.fp32_precision = usual
+    return error.item() < 1e-6

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from r1mega.parallel.backend import onednn_products
+
 VOCAB_BLOCK = 4096
 
 
@@ -45,9 +47,10 @@ class _FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, targets_T, temperature, chunk_tokens, group):  # type: ignore[no-untyped-def]
-        max_T, sum_T, moment_T, target_T = _statistics(
-            hidden_TH, weight_VH, targets_T, temperature, chunk_tokens
-        )
+        with onednn_products():
+            max_T, sum_T, moment_T, target_T = _statistics(
+                hidden_TH, weight_VH, targets_T, temperature, chunk_tokens
+            )
         top_T = max_T.clone()
         dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
         sums_3T = torch.stack([*_rebase(sum_T, moment_T, max_T - top_T), target_T])
@@ -59,6 +62,7 @@ class _FusedLogprobs(torch.autograd.Function):
         return (target_T - top_T) - log_sum_T, log_sum_T - mean_T
 
     @staticmethod
+    @onednn_products()
     def backward(ctx, grad_logprob_T, grad_entropy_T):  # type: ignore[no-untyped-def]
         hidden_TH, weight_VH, targets_T, top_T, sum_T, mean_T = ctx.saved_tensors
         grad_T = grad_logprob_T / ctx.temperature

@@ -69,15 +69,31 @@ def test_a_rank_that_computes_something_else_is_caught(tmp_path: Path) -> None:
     assert dict(gradient)["updated weights"] == DAMAGED
 
 
-def test_the_command_compares_layout_and_engine(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "r1mega", "selftest", *LAYERS]
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
+def selftest(tmp_path: Path, *layers: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "r1mega", "selftest", *layers],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
+
+
+def test_the_command_compares_layout_and_engine(tmp_path: Path) -> None:
+    done = selftest(tmp_path, *LAYERS)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert "one process against tp2 ep2:" in lines
     assert len([line for line in lines if line.endswith(": ok")]) == 6
     assert lines[-1] == "selftest passed"
     assert list(tmp_path.iterdir()) == []  # nothing stays
+
+
+def test_a_learner_that_is_not_the_engines_network_is_caught(tmp_path: Path) -> None:
+    done = selftest(tmp_path, "learner.megatron.layernorm_epsilon=1e-3")
+    assert done.returncode == 1
+    assert "selftest failed with one process: engine log-probs" in done.stderr
+    assert "the first that differs is arithmetic/train/0#0, by" in done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.endswith(": ok")]) == 5

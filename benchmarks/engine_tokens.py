@@ -1,113 +1,177 @@
 """Tokens per CPU second: the embedded engine over HTTP against transformers' generate, same model.
 
-64 prompts of 16 tokens, 128 new tokens each, fp32, one thread on either side; CPU seconds, because
-the engine is a process of its own. Prints one JSON line; the ratio is what to look at.
+A batch of 64 responses of 128 tokens, fp32, one thread on either side: to 64 prompts of 16 tokens,
+or to 8 prompts of 64 tokens with 8 samples each, as GRPO asks. CPU seconds, because the engine is a
+process of its own; the two take turns, and the best turn of each counts. The engine's log-probs
+must equal those of transformers' forward to 1e-5. Prints one JSON line per case; the ratio is what
+to look at.
 """
 
 import json
+import math
 import os
 import random
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1mega.config.schema import Model, RopeScaling
 from r1mega.model.hf_config import hf_config
 from r1mega.rollout import control
 from r1mega.system import processes
 
-MODEL = Model(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    moe_intermediate_size=96,
-    kv_lora_rank=32,
-    qk_rope_head_dim=16,
-    max_position_embeddings=256,
-    rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=64),
-)
-BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 16, 128
-REPEATS = 3
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=64)
+MODELS = {
+    "DeepSeek-V3, 1.3M": Model(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=96,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        max_position_embeddings=256,
+        rope_scaling=YARN,
+    ),
+    "DeepSeek-V3, 20M": Model(
+        vocab_size=2048,
+        hidden_size=384,
+        intermediate_size=768,
+        moe_intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=16,
+        max_position_embeddings=256,
+        rope_scaling=YARN,
+    ),
+    "Qwen2, 1M": Model(
+        architecture="qwen2",
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+}
+BATCH, NEW_TOKENS = 64, 128
+SAMPLES = {1: 16, 8: 64}  # samples of one prompt -> prompt tokens
+TURNS = 4
 
 
 def main() -> None:
-    rng = random.Random(1)
-    prompts = [[rng.randrange(2, 512) for _ in range(PROMPT_TOKENS)] for _ in range(BATCH)]
-    network = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(MODEL, dtype="float32"))).eval()
-    with TemporaryDirectory() as folder:
-        network.save_pretrained(folder)
-        ours = engine_rate(Path(folder), prompts)
-    theirs = generate_rate(network, prompts)
-    print(
-        json.dumps(
-            {
-                "benchmark": "engine_tokens",
-                "parameters": sum(p.numel() for p in network.parameters()),
-                "engine_tokens_per_cpu_s": round(ours),
-                "transformers_tokens_per_cpu_s": round(theirs),
-                "ratio": round(ours / theirs, 2),
-            }
-        )
-    )
-
-
-def engine_rate(folder: Path, prompts: list[list[int]]) -> float:
-    """Best of several batches, by the CPU time of the engine's process group."""
-    port = processes.free_port("127.0.0.1")
-    argv = [sys.executable, "-m", "r1mega.rollout.engine", "--model-path", str(folder)]
-    argv += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "auto"]
-    argv += ["--max-running-requests", str(BATCH), "--context-length", "256"]
-    process = processes.start(argv, name="engine", log=folder / "engine.log")
-    url = f"http://127.0.0.1:{port}"
-    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True}
-    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
-    try:
-        wait_for(url, folder / "engine.log")
-        times = []
-        for _ in range(1 + REPEATS):
-            before = cpu_seconds(process.pid)
-            control.post(f"{url}/generate", body, timeout_s=300)
-            control.post(f"{url}/flush_cache", {}, timeout_s=30)
-            times.append(cpu_seconds(process.pid) - before)
-    finally:
-        processes.end([process], grace_s=5)
-    return BATCH * NEW_TOKENS / min(times[1:])
-
-
-def generate_rate(network: DeepseekV3ForCausalLM, prompts: list[list[int]]) -> float:
     torch.set_num_threads(1)
+    for name, model in MODELS.items():
+        torch.manual_seed(1)
+        config = AutoConfig.for_model(**hf_config(model))
+        network = AutoModelForCausalLM.from_config(config).eval()
+        with TemporaryDirectory() as folder, engine(network, Path(folder)) as (url, pid):
+            for samples, prompt_tokens in SAMPLES.items():
+                about = {
+                    "benchmark": "engine_tokens",
+                    "model": name,
+                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "samples_per_prompt": samples,
+                    "prompt_tokens": prompt_tokens,
+                }
+                rng = random.Random(1)
+                prompts = [
+                    [rng.randrange(2, model.vocab_size) for _ in range(prompt_tokens)]
+                    for _ in range(BATCH // samples)
+                ]
+                print(json.dumps(about | compare(network, url, pid, prompts, samples)), flush=True)
+
+
+def compare(
+    network: Any, url: str, pid: int, prompts: list[list[int]], samples: int
+) -> dict[str, float]:
+    """The two take turns; the best turn of each counts, and every log-prob."""
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    ours_s, theirs_s, difference = math.inf, math.inf, 0.0
+    for _ in range(TURNS):
+        before = cpu_seconds(pid)
+        answers = ask(url, prompts, samples)
+        ours_s = min(ours_s, cpu_seconds(pid) - before)
+        before = time.process_time()
+        generate(network, repeated)
+        theirs_s = min(theirs_s, time.process_time() - before)
+        difference = max(difference, logprob_difference(network, repeated, answers))
+    assert difference < 1e-5, f"log-probs differ by {difference} from those of transformers"
+    return {
+        "engine_tokens_per_cpu_s": round(BATCH * NEW_TOKENS / ours_s),
+        "transformers_tokens_per_cpu_s": round(BATCH * NEW_TOKENS / theirs_s),
+        "ratio": round(theirs_s / ours_s, 2),
+        "max_logprob_difference": difference,
+    }
+
+
+@contextmanager
+def engine(network: Any, folder: Path) -> Iterator[tuple[str, int]]:
+    """The engine's URL and its process."""
+    network.save_pretrained(folder)
+    port, log = processes.free_port("127.0.0.1"), folder / "engine.log"
+    argv = [sys.executable, "-m", "r1mega.rollout.engine", "--model-path", str(folder)]
+    argv += ["--port", str(port), "--max-running-requests", str(BATCH)]
+    keeper = processes.start(argv, name="engine", log=log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    try:
+        while not control.answers(f"{url}/health", timeout_s=5):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the engine did not answer:\n{processes.last_lines(log)}")
+            time.sleep(0.1)
+        children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text()
+        yield url, int(children)
+    finally:
+        processes.end([keeper], grace_s=5)
+
+
+def ask(url: str, prompts: list[list[int]], samples: int) -> Any:
+    """Answers of /generate, prompt by prompt; nothing is remembered of earlier calls."""
+    control.post(f"{url}/flush_cache", {}, timeout_s=30)
+    sampling = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "n": samples}
+    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    with urllib.request.urlopen(f"{url}/generate", json.dumps(body).encode(), 600) as answer:
+        return json.load(answer)
+
+
+def generate(network: Any, prompts: list[list[int]]) -> None:
     ids = torch.tensor(prompts)
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "eos_token_id": None}
-    times = []
-    for _ in range(1 + REPEATS):
-        before = time.process_time()
-        network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
-        times.append(time.process_time() - before)
-    return BATCH * NEW_TOKENS / min(times[1:])
+    network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
 
 
-def wait_for(url: str, log: Path, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not control.answers(f"{url}/health", timeout_s=5):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the engine did not answer:\n{processes.last_lines(log)}")
-        time.sleep(0.1)
+def logprob_difference(network: Any, prompts: list[list[int]], answers: Any) -> float:
+    """The largest between what was answered and transformers' forward over the same tokens."""
+    responses = torch.tensor([answer["output_ids"] for answer in answers])
+    measured = torch.tensor(
+        [[entry[0] for entry in a["meta_info"]["output_token_logprobs"]] for a in answers],
+        dtype=torch.float64,
+    )
+    with torch.no_grad():
+        logits = network(torch.cat([torch.tensor(prompts), responses], dim=1)).logits
+    table = logits[:, -NEW_TOKENS - 1 : -1].double().log_softmax(-1)
+    expected = table.gather(-1, responses[..., None]).squeeze(-1)
+    return (measured - expected).abs().max().item()
 
 
-def cpu_seconds(keeper_pid: int) -> float:
-    """User and system time of the engine, which its keeper started."""
-    tasks = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split()
-    total = 0.0
-    for pid in tasks:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+def cpu_seconds(pid: int) -> float:
+    """What all threads of a process have used."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) * 1e-9
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from aiohttp import web
 from tokenizers import Tokenizer
 
+from r1mega.config import network
 from r1mega.model.hf_config import model_from_hf
 from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.engine import Engine
@@ -77,13 +78,14 @@ def _is_loopback(host: str) -> bool:
 def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
     values = json.loads((args.model_path / "config.json").read_text())
     model = model_from_hf(values)
+    if args.enable_return_routed_experts and network.is_dense(model):
+        raise ValueError(f"--enable-return-routed-experts: {model.architecture} has no experts")
     context = args.context_length or model.max_position_embeddings
     weights = allocate(model)
     if args.load_format == "dummy":
         fill_random(weights, args.random_seed)
     else:
         load_folder(weights, args.model_path)
-    network = Network(model, weights, context)
     cache = Cache(
         model,
         num_slots=args.max_running_requests,
@@ -92,7 +94,7 @@ def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:
         records_experts=args.enable_return_routed_experts,
     )
     scheduler = Scheduler(
-        network,
+        Network(model, weights, context),
         cache,
         version=args.weight_version,
         prefill_tokens=args.chunked_prefill_size,

@@ -195,8 +195,7 @@ def _experts_from(body: GenerateBody, prompts: list[tuple[int, ...]], limits: Li
         return None
     if not limits.returns_routed_experts:
         raise ValueError(
-            "return_routed_experts needs a model with experts and the engine's flag "
-            "--enable-return-routed-experts"
+            "return_routed_experts: start the engine with --enable-return-routed-experts"
         )
     start, shortest = body.routed_experts_start_len, min(map(len, prompts))
     if not 0 <= start <= shortest:

@@ -6,7 +6,7 @@ its company:
 
 - matrix products have a multiple of ``ROWS`` (``EXPERT_ROWS`` per expert) rows and widths that are
   multiples of ``WIDTH``: then the bits of a row do not depend on how many there are or on its place
-  (measured with MKL, whose kernels for few rows differ);
+  (measured with MKL and oneDNN, whose kernels for few rows differ);
 - elementwise loops end on whole vectors, so no row falls into a scalar tail;
 - attention is one small product per token, over its position rounded up to ``BUCKET``.
 

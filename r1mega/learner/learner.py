@@ -6,7 +6,7 @@ layout or on how sequences are packed, because the loss is a sum of globally wei
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,17 +19,16 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.config.derived import MtpMode
 from r1mega.config.flops import crossover_tokens
+from r1mega.learner.metrics import reduce_outputs
 from r1mega.learner.microbatch import Microbatch, common_tokens, make_microbatch
 from r1mega.learner.mtp import MtpLoss
 from r1mega.learner.optimizer import apply_gradients, finish_gather, open_optimizer, wrap_chunks
 from r1mega.learner.packing import Partition, pack
-from r1mega.learner.pipeline import Auxiliary, Loss, LossOutput, run_pipeline
-from r1mega.learner.routed_experts import fetch_expert_ids
+from r1mega.learner.pipeline import Auxiliary, Loss, run_pipeline
+from r1mega.learner.routed_experts import fetch_expert_ids, rerouted_share
 from r1mega.model.build import build_model
-from r1mega.model.routing import routers
 from r1mega.model.transformer_config import BuildOptions
 from r1mega.parallel.backend import Backend
-from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
 from r1mega.records import Batch
 from r1mega.weights.local import LocalWeights, hf_tensors, initialize, local_weights
@@ -62,7 +61,8 @@ class Learner:
         partition = self.pack(batch)
         microbatches = self.microbatches(batch, partition)
         outputs = self._run(microbatches, loss)
-        metrics = self._reduce(outputs, self._rerouted(batch, microbatches))
+        rerouted = rerouted_share(batch, microbatches, self.weights.model)
+        metrics = reduce_outputs(outputs, rerouted, self.groups, self.backend.device)
         _check_finite("loss", metrics["loss"])  # before any weight changes
         _check_finite("loss of the MTP layers", metrics.get("mtp/loss", 0.0))
         grad_norm = apply_gradients(self.optimizer, lr=lr, weight_decay=self.settings.weight_decay)
@@ -134,6 +134,13 @@ class Learner:
         if self.settings.dispatcher == "allgather":
             peers = [partition.parts[dp_rank] for dp_rank in layout.expert_peers(self.groups.rank)]
             least = common_tokens(batch.sequences, peers, cp=layout.cp, multiple=multiple)
+        ids = fetch_expert_ids(
+            batch,
+            partition,
+            model=self.weights.model,
+            groups=self.groups,
+            device=self.backend.device,
+        )
         return [
             make_microbatch(
                 batch.sequences,
@@ -143,33 +150,10 @@ class Learner:
                 cp=layout.cp,
                 cp_rank=place["cp"],
                 least_tokens=tokens,
-                expert_ids=ids,
+                expert_ids=expert_ids,
             )
-            for part, tokens, ids in zip(
-                parts, least, self._expert_ids(batch, partition), strict=True
-            )
+            for part, tokens, expert_ids in zip(parts, least, ids, strict=True)
         ]
-
-    def _expert_ids(self, batch: Batch, partition: Partition) -> Iterable[list[Tensor] | None]:
-        """What each microbatch is to replay."""
-        if not batch.replays_routing:
-            return [None] * len(partition.parts[0])
-        return fetch_expert_ids(
-            batch,
-            partition,
-            model=self.weights.model,
-            groups=self.groups,
-            device=self.backend.device,
-        )
-
-    def _rerouted(self, batch: Batch, microbatches: list[Microbatch]) -> dict[str, float]:
-        """This rank's part in the share of (token, layer) whose experts replay changed."""
-        if not batch.replays_routing:
-            return {}
-        changed = sum(int(microbatch.packed.rerouted) for microbatch in microbatches)
-        num_tokens = sum(len(s.token_ids) - 1 for s in batch.sequences)
-        total = num_tokens * routers(self.weights.model).num_moe_layers
-        return {"mismatch/routing": changed / max(1, total)}
 
     def _run(self, microbatches: list[Microbatch], loss: Loss | None) -> list[Any]:
         return run_pipeline(
@@ -180,30 +164,6 @@ class Learner:
             chunk_tokens=self.settings.logprob_chunk_tokens,
             auxiliary=self.auxiliary,
         )
-
-    def _reduce(self, outputs: list[LossOutput], counted: dict[str, float]) -> dict[str, float]:
-        """Sums and maxima over microbatches and dp, on every rank, in rank order.
-
-        ``counted``: further sums, to which every rank contributes.
-        """
-        mine: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        if self.groups.reports_losses:
-            mine = _accumulate(outputs)
-        mine[0].update(counted)
-        gathered = gather_records(
-            mine,
-            tuple[dict[str, float], dict[str, float]],
-            group=self.groups.world,
-            device=self.backend.device,
-        )
-        sums: dict[str, float] = {}
-        maxima: dict[str, float] = {}
-        for rank_sums, rank_maxima in gathered:
-            for name, value in rank_sums.items():
-                sums[name] = sums.get(name, 0.0) + value
-            for name, value in rank_maxima.items():
-                maxima[name] = max(maxima.get(name, value), value)
-        return sums | maxima
 
 
 def open_learner(
@@ -259,17 +219,6 @@ def _check_finite(name: str, value: float) -> None:
             f"the {name} is {value}: the weights this run started from are broken, or "
             "learner.lr is too high; the last checkpoint stands"
         )
-
-
-def _accumulate(outputs: list[LossOutput]) -> tuple[dict[str, float], dict[str, float]]:
-    sums: dict[str, float] = {"loss": sum(output.loss.item() for output in outputs)}
-    maxima: dict[str, float] = {}
-    for output in outputs:
-        for name, value in output.sums.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-        for name, value in output.maxima.items():
-            maxima[name] = max(maxima.get(name, value.item()), value.item())
-    return sums, maxima
 
 
 def _scatter(

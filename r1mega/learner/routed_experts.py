@@ -8,6 +8,7 @@ Shapes: N tokens of a sequence but the last, M the MoE layers of a pipeline stag
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1mega.config import schema
+from r1mega.learner.microbatch import Microbatch
 from r1mega.learner.packing import Partition
 from r1mega.model.routing import moe_layers, routers
 from r1mega.parallel.collectives import exchange_bytes
@@ -30,12 +32,16 @@ def fetch_expert_ids(
     model: schema.Model,
     groups: Groups,
     device: torch.device,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[list[Tensor] | None]:
     """Per microbatch of this rank, and per sequence in it: ids [N, M, K] on the host. Collective.
 
+    None for each microbatch when the batch replays nothing.
     One exchange per microbatch, so that a sender never copies more than what these need. Raises
     ValueError on every rank when no rank has the ids of a sequence.
     """
+    if not batch.replays_routing:
+        yield from repeat(None, len(partition.parts[0]))
+        return
     form, layout = routers(model), groups.layout
     stages = [moe_layers(model, layout, pp_rank) for pp_rank in range(layout.pp)]
     exchange = _Exchange(
@@ -48,6 +54,17 @@ def fetch_expert_ids(
     )
     for wanted in zip(*partition.parts, strict=True):
         yield exchange(wanted)
+
+
+def rerouted_share(
+    batch: Batch, microbatches: list[Microbatch], model: schema.Model
+) -> dict[str, float]:
+    """This rank's part in the share of (token, layer) whose experts replay changed."""
+    if not batch.replays_routing:
+        return {}
+    changed = sum(int(microbatch.packed.rerouted) for microbatch in microbatches)
+    num_tokens = sum(len(s.token_ids) - 1 for s in batch.sequences)
+    return {"mismatch/routing": changed / max(1, num_tokens * routers(model).num_moe_layers)}
 
 
 def _owners(batch: Batch, groups: Groups, device: torch.device) -> list[int]:

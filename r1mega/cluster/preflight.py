@@ -4,15 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from r1mega.cluster.errors import JobFailed
+from r1mega.cluster.initial_weights import check_weights
 from r1mega.config.derived import mtp_mode, num_nodes
-from r1mega.config.schema import Cluster, Config, Learner, Model
+from r1mega.config.schema import Cluster, Config, Learner
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.rollout.replay import rollout_numbers
 from r1mega.system import processes
-from r1mega.weights.names import Spec, hf_shapes
-from r1mega.weights.slices import SliceReader
+from r1mega.weights.names import Spec
 
 
 def check_inputs(config: Config) -> None:
@@ -33,7 +33,7 @@ def check_inputs(config: Config) -> None:
             rollout_numbers(Path(config.rollout.replay))
         if config.model.init != "random":
             mtp = mtp_mode(config.learner, config.stage) != "none"
-            _check_weights(Path(config.model.init), config.model, Spec(mtp=mtp))
+            check_weights(Path(config.model.init), config.model, Spec(mtp=mtp))
     except (ValueError, OSError) as error:
         raise JobFailed(str(error)) from error
 
@@ -74,14 +74,3 @@ def check_machines(cluster: Cluster) -> None:
                 f"cluster.{key}={port} is taken on {cluster.host}: end what listens there, "
                 "choose another port, or 0 for a free one"
             )
-
-
-def _check_weights(folder: Path, model: Model, spec: Spec) -> None:
-    if not folder.is_dir():
-        raise ValueError(
-            f"model.init={folder} is not there: run the stage that writes it first, or correct "
-            "the path"
-        )
-    with SliceReader(folder) as reader:
-        for name, shape in hf_shapes(model, spec).items():
-            reader.check(name, shape)

@@ -18,6 +18,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
         "moe_layer_freq": 1,
         "norm_topk_prob": True,
+        "rope_interleave": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
     },

@@ -144,6 +144,13 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / STATE).read_text())["progress"])
 
 
+def read_network(folder: Path) -> schema.Model:
+    """The network a checkpoint holds, without where weights and tokenizer came from."""
+    values = json.loads((folder / STATE).read_text())["model"]
+    scaling = values.pop("rope_scaling")
+    return schema.Model(**values, rope_scaling=scaling and schema.RopeScaling(**scaling))
+
+
 def check_resumable(folder: Path, model: schema.Model, layout: Layout) -> None:
     """Raises CheckpointError when the network or the layout differ from what was saved."""
     state = json.loads((folder / STATE).read_text())

@@ -21,6 +21,7 @@ from r1mega.weights.names import Region
 CHECKPOINT_INDEX = "index.json"
 HF_INDEX = "model.safetensors.index.json"
 HF_SINGLE = "model.safetensors"
+_READ = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,14 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    dtype: str = "F32"  # safetensors' name of it
 
 
 class SliceReader:
     """Reads regions of tensors. Use as a context manager: it keeps its shard files open.
 
-    Raises ValueError with the name for a tensor that is missing, mis-shaped or not fully covered.
+    Raises ValueError with the name for a tensor that is missing, mis-shaped, quantized or not fully
+    covered.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,6 +77,11 @@ class SliceReader:
             raise ValueError(
                 f"{self.folder}: {name} has shape {list(stored.shape)} but the model wants "
                 f"{list(shape)}: it is a checkpoint of another model"
+            )
+        if stored.dtype not in _READ:
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {stored.dtype}, and without its scales a "
+                "quantized weight means nothing: convert the folder to BF16 first"
             )
         return stored
 
@@ -111,9 +119,10 @@ class SliceReader:
             )
         tensors = {}
         for name, file in weight_map.items():
-            shape = tuple(self._file(file).get_slice(name).get_shape())
+            entry = self._file(file).get_slice(name)
+            shape = tuple(entry.get_shape())
             whole = tuple((0, size) for size in shape)
-            tensors[name] = StoredTensor(shape, (Piece(file, name, whole),))
+            tensors[name] = StoredTensor(shape, (Piece(file, name, whole),), entry.get_dtype())
         return tensors
 
     def _file(self, file: str) -> Any:

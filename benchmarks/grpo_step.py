@@ -8,10 +8,10 @@ with the same settings. A tiny learning rate keeps response lengths alike. What 
 it divides advantages by the sample standard deviation plus 1e-4, R1 by the population's.
 
 Either side may use two cores: TRL one process with one thread or two, whichever is faster; here two
-learner ranks and two engines of one thread each, which take turns. Ours is ``r1mega rl`` itself, timed by its metrics and
-by the CPU time of all its processes. Before that, both compute loss and gradient norm of the same
-samples, whose policy differs from the reference, and have to agree. (Of the difference, nearly all
-is TRL's: in float64 the gradient norm is ours to 1e-6.)
+learner ranks and two engines of one thread each, which take turns. Ours is ``r1mega rl`` itself,
+timed by its metrics and by the CPU time of all its processes. Both also compute loss and gradient
+norm of the same samples, whose policy differs from the reference, and have to agree. (Of what they
+differ by, nearly all is TRL's: in float64 the gradient norm is ours to 1e-6.)
 
 The floor is the time of the step's matrix products alone, each measured at its own shape on one
 core: prompts once per group, every response token once, reference forward, policy forward and

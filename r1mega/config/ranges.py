@@ -1,12 +1,10 @@
 """The range of every single value; constraints between values are in ``checks.py``."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import inf
 from operator import attrgetter
 
 from r1mega.config.schema import Config
-
-_AT_LEAST_TWO = """algorithm.group_size parallel.vpp"""
 
 _AT_LEAST_ONE = """
     parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp
@@ -48,42 +46,44 @@ _ABOVE_ZERO = """
     rewards.math_timeout_s algorithm.importance_cap cluster.collective_timeout_s
 """
 
-_BETWEEN = {
-    "learner.adam_beta1 learner.adam_beta2 learner.optimizer_offload": (0, 1),
-    "rewards.max_error_fraction": (0, 1),
-    "cluster.master_port cluster.router_port": (0, 65535),
-}
+_Range = tuple[str, Callable[[float], bool], str]  # in words, as a test, and whose it is
+
+# Until sizes are sound, no arithmetic on them makes sense. NaN and infinity are in no range.
+_SIZES: tuple[_Range, ...] = (
+    ("at least 2", lambda v: 2 <= v < inf, "algorithm.group_size parallel.vpp"),
+    ("at least 1", lambda v: 1 <= v < inf, _AT_LEAST_ONE),
+)
+_VALUES: tuple[_Range, ...] = (
+    ("at least 0", lambda v: 0 <= v < inf, _AT_LEAST_ZERO),
+    ("above 0", lambda v: 0 < v < inf, _ABOVE_ZERO),
+    (
+        "between 0 and 1",
+        lambda v: 0 <= v <= 1,
+        "learner.optimizer_offload rewards.max_error_fraction",
+    ),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "learner.adam_beta1 learner.adam_beta2"),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, "rollout.top_p stage.eval_top_p"),
+    ("between 0 and 65535", lambda v: 0 <= v <= 65535, "cluster.master_port cluster.router_port"),
+    ("at least 1, or -1 for off", lambda v: v == -1 or v >= 1, "rollout.top_k"),
+    ("at least 0, or -1 for never", lambda v: v >= -1, "stage.save_every"),
+)
 
 
 def size_violations(config: Config) -> Iterator[str]:
-    """Sizes below their minimum: until they are sound, no arithmetic on them makes sense."""
-    yield from _at_least(config, 2, _AT_LEAST_TWO)
-    yield from _at_least(config, 1, _AT_LEAST_ONE)
+    """Sizes below their minimum."""
+    return _outside(config, _SIZES)
 
 
 def value_violations(config: Config) -> Iterator[str]:
-    """Every other value out of its range; NaN and infinity are out of every range."""
-    yield from _at_least(config, 0, _AT_LEAST_ZERO)
-    for key, value in _values(config, _ABOVE_ZERO):
-        if not 0 < value < math.inf:
-            yield f"{key}={value}: must be above 0"
-    for keys, (low, high) in _BETWEEN.items():
+    """Every other value out of its range."""
+    return _outside(config, _VALUES)
+
+
+def _outside(config: Config, ranges: tuple[_Range, ...]) -> Iterator[str]:
+    for words, holds, keys in ranges:
         for key, value in _values(config, keys):
-            if not low <= value <= high:
-                yield f"{key}={value}: must be between {low} and {high}"
-    for key, value in _values(config, "rollout.top_p stage.eval_top_p"):
-        if not 0 < value <= 1:
-            yield f"{key}={value}: must be above 0 and at most 1"
-    if config.rollout.top_k != -1 and config.rollout.top_k < 1:
-        yield f"rollout.top_k={config.rollout.top_k}: must be at least 1, or -1 for off"
-    if config.stage.save_every < -1:
-        yield f"stage.save_every={config.stage.save_every}: must be at least 0, or -1 for never"
-
-
-def _at_least(config: Config, minimum: int, keys: str) -> Iterator[str]:
-    for key, value in _values(config, keys):
-        if not minimum <= value < math.inf:
-            yield f"{key}={value}: must be at least {minimum}"
+            if not holds(value):
+                yield f"{key}={value}: must be {words}"
 
 
 def _values(config: Config, keys: str) -> Iterator[tuple[str, float]]:

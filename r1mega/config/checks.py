@@ -96,9 +96,8 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
         stages = derived.layers_per_stage(num_layers, p)
     except ValueError as error:
         yield (
-            f"{num_layers} layers do not spread evenly over pp={p.pp} stages with "
-            f"layers_in_first_stage={p.layers_in_first_stage} and "
-            f"layers_in_last_stage={p.layers_in_last_stage}: {error}; change these or parallel.pp"
+            f"{num_layers} layers do not spread over pp={p.pp} stages: {error}; change "
+            "parallel.pp, layers_in_first_stage or layers_in_last_stage"
         )
         return
     if p.vpp is None:

@@ -34,13 +34,15 @@ def spread_layers(
 ) -> tuple[int, ...]:
     """``spread_layers(61, 4, last=13) == (16, 16, 16, 13)``.
 
-    Raises ValueError when they do not spread: Megatron wants the stages without a number equal.
+    Raises ValueError when they do not spread: Megatron wants the stages between them equal.
     """
     middle = pp - (first is not None) - (last is not None)
     remaining = num_layers - (first or 0) - (last or 0)
     share = remaining // middle if middle else 0
     if share * middle != remaining or (middle and share < 1):
-        raise ValueError(f"{remaining} layers remain for {middle} stages")
+        given = " + ".join(str(size) for size in (first, last) if size is not None)
+        outer = f" beside the {given} of the outer ones" if given else ""
+        raise ValueError(f"{remaining} layers remain for {middle} stages of equal length{outer}")
     head = () if first is None else (first,)
     tail = () if last is None else (last,)
     return (*head, *(share,) * middle, *tail)

@@ -15,14 +15,20 @@ def network_violations(m: Model, p: Parallel, learner: Learner) -> Iterator[str]
         yield from _no_experts(m, p, learner)
     else:
         yield from _experts(m, p)
-        yield from _latent_attention(m, p, learner)
+        yield from _latent_attention(m, p)
+        if learner.mtp_loss_weight > 0:
+            yield from _mtp(m, p, f"learner.mtp_loss_weight={learner.mtp_loss_weight:g}")
     yield from _positions(m)
 
 
 def _architecture(m: Model) -> Iterator[str]:
     """A key that the network does not have would be ignored without a word."""
-    for key in network.foreign_keys(m, network.KEYS[m.architecture]):
-        yield f"model.{key}={getattr(m, key)}: architecture {m.architecture} has no {key}; unset it"
+    if keys := network.foreign_keys(m, network.KEYS[m.architecture]):
+        values = ", ".join(f"model.{key}={getattr(m, key)}" for key in keys)
+        yield (
+            f"{values}: architecture {m.architecture} does not have this; unset it (two model "
+            "layers do not mix)"
+        )
     scaling = m.rope_scaling
     if scaling is None:
         return
@@ -34,7 +40,8 @@ def _architecture(m: Model) -> Iterator[str]:
         )
         return
     for key in network.foreign_keys(scaling, network.ROPE_KEYS[scaling.rope_type]):
-        yield f"model.rope_scaling.{key}: {scaling.rope_type} has no such key; unset it"
+        value = getattr(scaling, key)
+        yield f"model.rope_scaling.{key}={value:g}: {scaling.rope_type} has no such key; unset it"
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         yield (
             f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor:g} must be above "
@@ -69,7 +76,10 @@ def _grouped_query(m: Model, p: Parallel) -> Iterator[str]:
         )
         return
     if network.head_dim(m) % 2:
-        yield f"a head of {network.head_dim(m)} channels must be even: RoPE turns pairs"
+        yield (
+            f"a head of {network.head_dim(m)} channels must be even, as RoPE turns pairs; change "
+            "model.head_dim"
+        )
     if heads % groups:
         yield f"model.num_key_value_heads={groups} must divide num_attention_heads={heads}"
     # Ranks beyond the key-value heads share one, so each of them needs an equal part of a group.
@@ -120,6 +130,11 @@ def _experts(m: Model, p: Parallel) -> Iterator[str]:
             f"model.num_experts_per_tok={m.num_experts_per_tok} exceeds the {m.topk_group * group} "
             f"experts of topk_group={m.topk_group} groups of {group}"
         )
+    if m.num_experts_per_tok == 1:
+        yield (
+            "model.num_experts_per_tok=1: megatron-core does not normalize the score of a single "
+            "expert, as Hugging Face and SGLang do; use at least 2"
+        )
     # With one group nothing is limited; otherwise Megatron scores a group by its top
     # num_experts_per_tok / topk_group experts, Hugging Face and SGLang by its top 2.
     if m.n_group > 1 and m.num_experts_per_tok != 2 * m.topk_group:
@@ -131,14 +146,9 @@ def _experts(m: Model, p: Parallel) -> Iterator[str]:
         yield f"model.n_group={m.n_group} leaves {group} expert in a group; the router scores 2"
 
 
-def _latent_attention(m: Model, p: Parallel, learner: Learner) -> Iterator[str]:
+def _latent_attention(m: Model, p: Parallel) -> Iterator[str]:
     if m.qk_rope_head_dim % 2:
         yield f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs"
-    if learner.mtp_loss_weight > 0 and m.num_nextn_predict_layers == 0:
-        yield (
-            f"learner.mtp_loss_weight={learner.mtp_loss_weight:g} needs MTP layers, but "
-            "model.num_nextn_predict_layers=0"
-        )
     yarn = m.rope_scaling
     if yarn is not None and p.cp > 1 and yarn.original_max_position_embeddings % (2 * p.cp):
         yield (
@@ -146,10 +156,15 @@ def _latent_attention(m: Model, p: Parallel, learner: Learner) -> Iterator[str]:
             f"original_max_position_embeddings={yarn.original_max_position_embeddings} positions "
             f"in {2 * p.cp} equal chunks; use a cp whose double divides it"
         )
-    if learner.mtp_loss_weight > 0 and m.tie_word_embeddings:
-        yield "learner.mtp_loss_weight above 0 needs model.tie_word_embeddings=false"
-    if learner.mtp_loss_weight > 0 and p.cp > 1:
-        yield f"learner.mtp_loss_weight above 0 needs parallel.cp=1, got {p.cp}"
+
+
+def _mtp(m: Model, p: Parallel, setting: str) -> Iterator[str]:
+    if m.num_nextn_predict_layers == 0:
+        yield f"{setting} needs MTP layers, but model.num_nextn_predict_layers=0"
+    if m.tie_word_embeddings:
+        yield f"{setting} needs model.tie_word_embeddings=false, got true"
+    if p.cp > 1:
+        yield f"{setting} needs parallel.cp=1, got {p.cp}"
 
 
 def _positions(m: Model) -> Iterator[str]:

@@ -118,6 +118,6 @@ def _mixture(rng: random.Random) -> dict[str, Any]:
         "n_shared_experts": rng.choice([1, 2]),
         "n_group": groups,
         "topk_group": groups // 2 or 1,
-        "num_experts_per_tok": groups // 2 * 2 or rng.choice([1, 3]),
+        "num_experts_per_tok": groups // 2 * 2 or rng.choice([2, 3]),
     }
     return model if rng.random() < 0.5 else model | {"rope_scaling": None}

@@ -27,19 +27,22 @@ SINGLE = {
         "tp=1 * pp=2 * cp=1 = 2 must divide the learner's 3 ranks"
     ),
     "model.num_key_value_heads=2": (
-        "model.num_key_value_heads=2: architecture deepseek_v3 has no num_key_value_heads; unset it"
+        "model.num_key_value_heads=2: architecture deepseek_v3 does not have this; unset it"
     ),
     "LLAMA model.kv_lora_rank=32": (
-        "model.kv_lora_rank=32: architecture llama has no kv_lora_rank; unset it"
+        "model.kv_lora_rank=32: architecture llama does not have this; unset it (two model layers"
+    ),
+    "LLAMA model.kv_lora_rank=32 model.n_group=2": (
+        "model.kv_lora_rank=32, model.n_group=2: architecture llama does not have this; unset it"
     ),
     "model.architecture=qwen2 model.attention_bias=true": (
-        "model.attention_bias=True: architecture qwen2 has no attention_bias; unset it"
+        "model.attention_bias=True: architecture qwen2 does not have this; unset it"
     ),
     "LLAMA model.rope_scaling.factor=8": (
         "model.rope_scaling.rope_type=yarn is not implemented for llama, only llama3; unset"
     ),
     "LLAMA model.rope_scaling.rope_type=llama3 model.rope_scaling.beta_fast=8": (
-        "model.rope_scaling.beta_fast: llama3 has no such key; unset it"
+        "model.rope_scaling.beta_fast=8: llama3 has no such key; unset it"
     ),
     "LLAMA model.rope_scaling.rope_type=llama3 model.rope_scaling.high_freq_factor=1": (
         "model.rope_scaling.high_freq_factor=1 must be above low_freq_factor=1"
@@ -54,9 +57,9 @@ SINGLE = {
     ),
     "LLAMA TP2 parallel.ep=2": "parallel.ep=2 has no meaning for llama; unset it",
     "LLAMA learner.mtp_loss_weight=0.3": "learner.mtp_loss_weight=0.3 has no meaning for llama",
-    "MTP model.tie_word_embeddings=true": "learner.mtp_loss_weight above 0 needs model.tie_word_em",
+    "MTP model.tie_word_embeddings=true": "learner.mtp_loss_weight=0.3 needs model.tie_word_embedd",
     "MTP parallel.cp=2 cluster.learner_processes_per_node=2": (
-        "learner.mtp_loss_weight above 0 needs parallel.cp=1, got 2"
+        "learner.mtp_loss_weight=0.3 needs parallel.cp=1, got 2"
     ),
     "learner.mtp_loss_weight=0.3": (
         "learner.mtp_loss_weight=0.3 needs MTP layers, but model.num_nextn_predict_layers=0"
@@ -76,15 +79,14 @@ SINGLE = {
     ),
     "parallel.vpp=2": "layers_in_first_stage, layers_in_last_stage and vpp need pp of at least 2",
     "PP4 model.num_hidden_layers=6": (
-        "6 layers do not spread evenly over pp=4 stages with layers_in_first_stage=None and "
-        "layers_in_last_stage=None: 6 layers remain for 4 stages"
+        "6 layers do not spread over pp=4 stages: 6 layers remain for 4 stages of equal leng"
     ),
     "PP4 model.num_hidden_layers=9 parallel.layers_in_last_stage=1": (
-        "9 layers do not spread evenly over pp=4 stages with layers_in_first_stage=None and "
-        "layers_in_last_stage=1: 8 layers remain for 3 stages"
+        "9 layers do not spread over pp=4 stages: 8 layers remain for 3 stages of equal length "
+        "beside the 1 of the outer ones; change"
     ),
     "PP4 model.num_hidden_layers=5 parallel.layers_in_first_stage=5": (
-        "5 layers do not spread evenly over pp=4"
+        "5 layers do not spread over pp=4 stages: 0 layers remain for 3"
     ),
     "PP4 model.num_hidden_layers=8 parallel.vpp=3": (
         "vpp=3 must divide the 2 layers of a pipeline stage"
@@ -112,6 +114,9 @@ SINGLE = {
     "model.n_group=3": "model.n_group=3 must divide n_routed_experts=8",
     "model.n_group=1 model.topk_group=1 model.num_experts_per_tok=9": (
         "model.num_experts_per_tok=9 exceeds the 8 experts of topk_group=1 groups of 8"
+    ),
+    "model.n_group=1 model.topk_group=1 model.num_experts_per_tok=1": (
+        "model.num_experts_per_tok=1: megatron-core does not normalize the score of a single expert"
     ),
     "model.topk_group=2 model.num_experts_per_tok=2": (
         "model.topk_group=2 must be half of num_experts_per_tok=2"
@@ -152,6 +157,7 @@ SINGLE = {
     "GPU AWARE learner.moments=bf16 learner.optimizer_offload=1": (
         "learner.optimizer_offload=1 updates on the host, where moments are fp32; use"
     ),
+    "learner.adam_beta1=1": "learner.adam_beta1=1.0: must be at least 0 and below 1",
     "learner.optimizer_offload=-1": "learner.optimizer_offload=-1.0: must be between 0 and 1",
     "learner.megatron.recompute_modules=[moe]": (
         "learner.megatron.recompute_modules=['moe']: say it as learner.recompute_modules"

@@ -112,17 +112,20 @@ def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -
 def load_optimizer_state(
     optimizer: Any, chunks: Sequence[DistributedDataParallel], state: dict[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_state`` on the same layout; raises ValueError when ranges differ."""
-    for owned in _owned(optimizer, chunks):
-        key = owned.key
-        if f"{key}/range" not in state:
-            continue
-        saved = tuple(state[f"{key}/range"].tolist())
-        if saved != owned.span:
+    """Inverse of ``optimizer_state``; raises ValueError where this rank owns other ranges."""
+    parts = {owned.key: owned for owned in _owned(optimizer, chunks)}
+    saved = {k.removesuffix("/range"): tuple(v.tolist()) for k, v in state.items() if "/range" in k}
+    for key in sorted(saved.keys() | parts.keys()) if saved else []:  # none before the first update
+        span = parts[key].span if key in parts else None
+        if saved.get(key) != span:
             raise ValueError(
-                f"the optimizer state of {key} covers elements {saved} but this rank owns "
-                f"{owned.span}: the checkpoint was written under another layout"
+                f"of {key} this rank owns elements {span}, but {saved.get(key)} in the optimizer's "
+                "checkpoint: it was written with other buckets (learner.overlap_grad_reduce, "
+                "bucket_parameters) or MTP layers (mtp_loss_weight); resume with the old ones, or "
+                "start a new run from its weights with model.init"
             )
+    for key in saved:
+        owned = parts[key]
         if owned.main.dtype == torch.float32:
             owned.main.copy_(state[f"{key}/param"])
         else:

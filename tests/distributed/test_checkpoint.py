@@ -151,3 +151,19 @@ def test_resume_refuses(
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(AssertionError, match=sentence):
         run(tmp_path, "learner.precision=fp32", "stage.steps=5", more, axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "before", "after"),
+    [
+        (ONE_RANK, MTP, MTP[:1]),  # its ranges are whole: only the MTP layers would be dropped
+        (CP_AXES, [], GATHER),
+    ],
+    ids=["MTP layers", "buckets"],
+)
+def test_resume_refuses_an_optimizer_that_owns_other_parts(
+    axes: list[str], before: list[str], after: list[str], tmp_path: Path
+) -> None:
+    run(tmp_path, "stage.steps=2", *before, axes=axes)
+    with pytest.raises(AssertionError, match="it was written with other buckets"):
+        run(tmp_path, "stage.steps=4", *after, axes=axes)

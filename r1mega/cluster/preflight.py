@@ -34,6 +34,10 @@ def check_inputs(config: Config) -> None:
         if config.model.init != "random":
             mtp = mtp_mode(config.learner, config.stage) != "none"
             check_weights(Path(config.model.init), config.model, Spec(mtp=mtp))
+        if config.learner.megatron:
+            from r1mega.model.transformer_config import check_fields  # seconds: megatron-core
+
+            check_fields(config.model, config.learner.megatron)
     except (ValueError, OSError) as error:
         raise JobFailed(str(error)) from error
 

@@ -1,6 +1,7 @@
 """The network's sizes to megatron-core's configuration: pure translation."""
 
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -30,14 +31,7 @@ class BuildOptions:
 def transformer_config(
     model: schema.Model, layout: Layout, options: BuildOptions
 ) -> TransformerConfig:
-    """Raises ValueError on a key of ``options.megatron`` that megatron-core does not know."""
-    kind = TransformerConfig if network.is_dense(model) else MLATransformerConfig
-    known = {f.name for f in fields(kind)}
-    if unknown := set(options.megatron) - known:
-        raise ValueError(
-            f"learner.megatron: {sorted(unknown)} are not fields of megatron-core's "
-            f"{kind.__name__}; remove or rename them"
-        )
+    """``options.megatron`` overrides what follows from the rest; it passed ``check_fields``."""
     own = _grouped_query(model) if network.is_dense(model) else _deepseek_v3(model, options)
     values = {
         **_network(model),
@@ -46,12 +40,29 @@ def transformer_config(
         **_numerics(options),
         **options.megatron,
     }
-    config = kind(**values)
+    config = _kind(model)(**values)
     # Microbatches are packed to their own lengths, so stages announce the shape first. Said only
     # now, because Megatron refuses it with the allgather dispatcher, for fear of lengths that
     # differ between ranks that share experts: the learner pads those to equal ones.
     config.variable_seq_lengths = layout.pp > 1
     return config
+
+
+def check_fields(model: schema.Model, megatron: dict[str, Any]) -> None:
+    """Raises ValueError on a key of ``learner.megatron`` that megatron-core does not know."""
+    kind = _kind(model)
+    known = [f.name for f in fields(kind)]
+    for name in megatron:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ValueError(
+                f"learner.megatron.{name} is no field of megatron-core's {kind.__name__}; {hint}"
+            )
+
+
+def _kind(model: schema.Model) -> type[TransformerConfig]:
+    return TransformerConfig if network.is_dense(model) else MLATransformerConfig
 
 
 def _network(model: schema.Model) -> dict[str, Any]:

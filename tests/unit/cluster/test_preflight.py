@@ -5,8 +5,8 @@ from importlib.util import find_spec
 import pytest
 
 from r1mega.cluster.errors import JobFailed
-from r1mega.cluster.preflight import check_packages
-from r1mega.config import Learner
+from r1mega.cluster.preflight import check_inputs, check_packages
+from r1mega.config import Config, Learner
 
 NEEDS = {
     "transformer_engine": (
@@ -38,3 +38,14 @@ def test_an_absent_package_is_named_with_the_setting(
 
 def test_the_defaults_need_nothing_more() -> None:
     check_packages(Learner())
+    check_inputs(Config())
+
+
+def test_a_field_that_megatron_does_not_have_is_named() -> None:
+    check_inputs(Config(learner=Learner(megatron={"moe_router_fusion": True})))
+    with pytest.raises(JobFailed) as failure:
+        check_inputs(Config(learner=Learner(megatron={"moe_router_fusions": True})))
+    assert str(failure.value) == (
+        "learner.megatron.moe_router_fusions is no field of megatron-core's MLATransformerConfig; "
+        "did you mean moe_router_fusion?"
+    )

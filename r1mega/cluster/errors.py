@@ -24,10 +24,10 @@ def learner_failure(learner: Process, code: int, logs: Path) -> str:
     else:
         who = f"rank {failed.rank} of the learner"
         text = processes.obituary(who, failed.exit_code, failed.log)
-    return text + _note_on_space(logs)
+    return text + note_on_space(logs)
 
 
-def _note_on_space(folder: Path) -> str:
+def note_on_space(folder: Path) -> str:
     """On a full disk a process that ends cannot write why."""
     free = shutil.disk_usage(folder).free if folder.exists() else _FULL_DISK_BYTES
     if free >= _FULL_DISK_BYTES:

@@ -17,7 +17,7 @@ from types import FrameType
 from r1mega.cluster import commands
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
-from r1mega.cluster.errors import JobFailed, learner_failure
+from r1mega.cluster.errors import JobFailed, learner_failure, note_on_space
 from r1mega.cluster.preflight import check_inputs, check_machines, check_packages
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
@@ -76,6 +76,8 @@ class _Job:
             self._learner = self._start_learner()
             log.info("logs are in %s", self._directory.logs)
             return self._watch(self._learner)
+        except OSError as error:
+            raise JobFailed(f"{error}{note_on_space(self._directory.path)}") from error
         finally:
             self._end()
 

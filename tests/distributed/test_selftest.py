@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,19 @@ def test_a_learner_that_is_not_the_engines_network_is_caught(tmp_path: Path) -> 
     assert "selftest failed with one process: engine log-probs" in done.stderr
     assert "the first that differs is arithmetic/train/0#0, by" in done.stderr
     assert len([line for line in done.stdout.splitlines() if line.endswith(": ok")]) == 5
+
+
+def test_ended_midway_it_leaves_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    argv = [sys.executable, "-m", "r1mega", "selftest", "stage.kind=sft"]
+    with subprocess.Popen(argv, cwd=ROOT, env=environment) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("*/selftest/logs/learner.log")):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert not list(tmp_path.glob("r1mega-selftest-*"))

@@ -64,6 +64,9 @@ def _stored_network(folder: Path, model: schema.Model) -> schema.Model:
 
 
 def _differences(stored: schema.Model, model: schema.Model) -> Iterator[str]:
+    if stored.architecture != model.architecture:
+        yield f"model_type is {stored.architecture} there and {model.architecture} here"
+        return
     there, here = hf_config(stored), hf_config(model)
     for key in sorted((there.keys() | here.keys()) - _FREE):
         if there.get(key) != here.get(key):

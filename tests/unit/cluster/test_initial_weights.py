@@ -85,6 +85,14 @@ def test_the_first_wrong_tensor_is_named(edit: Edit, sentence: str, tmp_path: Pa
         check_weights(tmp_path, LLAMA, Spec())
 
 
+def test_another_architecture_is_one_difference(tmp_path: Path) -> None:
+    save(tmp_path, LLAMA)
+    with pytest.raises(
+        ValueError, match=r"network: model_type is llama there and qwen2 here; take"
+    ):
+        check_weights(tmp_path, TIED, Spec())
+
+
 def test_mtp_layers_are_asked_for_only_when_trained(tmp_path: Path) -> None:
     save(tmp_path, MTP, lambda t: t.pop("model.layers.4.eh_proj.weight"))
     check_weights(tmp_path, MTP, Spec())

@@ -183,7 +183,7 @@ def test_bad_input_ends_before_anything_starts(
 def test_a_checkpoint_of_another_model_is_one_sentence(straight: Path, base: str) -> None:
     done = r1mega("rl", *SMALL, base, f"run.root={straight.parent}", "model.rms_norm_eps=1e-5")
     assert done.returncode == 1
-    assert "is a checkpoint of another model: rms_norm_eps was 1e-06, is 1e-05" in done.stderr
+    assert "is described as another network: rms_norm_eps is 1e-06 there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

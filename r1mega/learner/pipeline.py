@@ -69,10 +69,7 @@ def run_pipeline(
             tokens_T=microbatch.tokens_T,
             positions_T=microbatch.positions_T,
             packed=microbatch.packed,
-            rows_L=microbatch.rows_L,
-            targets_L=microbatch.targets_L,
-            places_L=microbatch.places_L,
-            num_rows=len(microbatch.weight_R),
+            targets=microbatch.targets,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from r1mega.config import network, schema
 from r1mega.model import local_spec
 from r1mega.model.routing import Packing, guide_routers, moe_layers
+from r1mega.model.targets import Targets
 from r1mega.model.transformer_config import BuildOptions, transformer_config
 from r1mega.parallel.context import gather_rows
 from r1mega.parallel.groups import Groups
@@ -57,17 +58,11 @@ class PolicyModel(GPTModel):
         tokens_T: Tensor,
         positions_T: Tensor,
         packed: Packing,
-        rows_L: Tensor,
-        targets_L: Tensor,
-        places_L: Tensor,
-        num_rows: int,
+        targets: Targets,
         temperature: float,
         chunk_tokens: int,
     ) -> Tensor:
         """Hidden states [T, 1, H]; on the last stage log-probs and entropies, stacked [2, R].
-
-        ``rows_L`` are the tokens of this context-parallel rank whose next one is ``targets_L``, a
-        part of the R targets of the microbatch: their ``places_L`` among ``num_rows``.
 
         In passes with gradient a further row follows for each of D MTP layers, [2 + D, R]: the d-th
         predicts the same targets from d tokens further back; 0 where a sequence has none.
@@ -81,17 +76,20 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return output
         head = partial(
-            self._head, targets_L=targets_L, temperature=temperature, chunk_tokens=chunk_tokens
+            self._head, ids_L=targets.ids_L, temperature=temperature, chunk_tokens=chunk_tokens
         )
         trunk, *ahead = output
+        rows_L = targets.rows_L
         rows = list(head(trunk, rows_L))
         for depth, hidden in enumerate(ahead, start=1):
             logprobs_L, _ = head(hidden, (rows_L - depth).clamp(min=0), detach=self.detaches_mtp)
             rows.append(logprobs_L.masked_fill(positions_T[rows_L] < depth, 0.0))
-        return gather_rows(torch.stack(rows), places_L, num_rows, self.pg_collection.cp)
+        return gather_rows(
+            torch.stack(rows), targets.places_L, targets.num_rows, self.pg_collection.cp
+        )
 
     def _head(
-        self, hidden: Tensor, rows_L: Tensor, *, targets_L: Tensor, detach: bool = False, **how: Any
+        self, hidden: Tensor, rows_L: Tensor, *, ids_L: Tensor, detach: bool = False, **how: Any
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [L] from the hidden states at ``rows_L``."""
         if self.config.sequence_parallel:
@@ -103,7 +101,7 @@ class PolicyModel(GPTModel):
         logprobs_and_entropies: tuple[Tensor, Tensor] = self.output_layer(
             hidden[:, 0].index_select(0, rows_L),
             weight.detach() if detach else weight,
-            targets_L,
+            ids_L,
             group=self.pg_collection.tp,
             **how,
         )

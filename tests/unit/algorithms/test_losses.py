@@ -52,8 +52,8 @@ def test_microbatch_rows_point_at_the_token_before() -> None:
     )
     assert batch.tokens_T.tolist() == [4, 5, 6, 7, 1, 2, 3, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
-    assert batch.rows_L.tolist() == [0, 1, 2, 5]
-    assert batch.targets_L.tolist() == [5, 6, 7, 3]
+    assert batch.targets.rows_L.tolist() == [0, 1, 2, 5]
+    assert batch.targets.ids_L.tolist() == [5, 6, 7, 3]
     assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 7, 8]
     assert batch.packed.padding_T.tolist() == [False] * 7 + [True]
     assert batch.sequence_R.tolist() == [0, 0, 0, 1]
@@ -61,7 +61,7 @@ def test_microbatch_rows_point_at_the_token_before() -> None:
 
 def test_an_empty_microbatch_is_padding_without_targets() -> None:
     batch = make_microbatch((), [], multiple=2, device=CPU)
-    assert (batch.tokens_T.tolist(), batch.rows_L.tolist()) == ([0, 0], [])
+    assert (batch.tokens_T.tolist(), batch.targets.rows_L.tolist()) == ([0, 0], [])
 
 
 def test_next_token_loss_is_the_weighted_sum() -> None:

@@ -35,9 +35,9 @@ def facts(microbatch: Microbatch) -> tuple[set[tuple[int, ...]], dict[int, tuple
     padding = microbatch.packed.padding_T.tolist()
     real = {token for token, pad in zip(tokens, padding, strict=True) if not pad}
     targets = zip(
-        microbatch.places_L.tolist(),
-        microbatch.tokens_T[microbatch.rows_L].tolist(),
-        microbatch.targets_L.tolist(),
+        microbatch.targets.places_L.tolist(),
+        microbatch.tokens_T[microbatch.targets.rows_L].tolist(),
+        microbatch.targets.ids_L.tolist(),
         strict=True,
     )
     return real, {place: (token, target) for place, token, target in targets}
@@ -62,6 +62,7 @@ def test_losses_see_the_same_columns_on_every_part(cp: int) -> None:
     for part in parts(cp):
         assert torch.equal(part.weight_R, whole.weight_R)
         assert torch.equal(part.sequence_R, whole.sequence_R)
+        assert part.targets.num_rows == len(part.weight_R) == 14
         assert len(part.tokens_T) * cp == int(part.packed.cu_seqlens_q[-1])
 
 

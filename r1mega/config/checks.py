@@ -73,14 +73,14 @@ def _mesh(config: Config) -> Iterator[str]:
             f"pipeline stage (tp={p.tp} * cp={p.cp} * dp={dp}); change parallel.ep or parallel.etp"
         )
     training = {
-        "rl": derived.samples_per_step(config.algorithm),
-        "sft": config.algorithm.sequences_per_step,
+        "rl": (derived.samples_per_step(config.algorithm), "prompts_per_step"),
+        "sft": (config.algorithm.sequences_per_step, "sequences_per_step"),
     }
-    sequences = training.get(config.stage.kind, dp)
+    sequences, key = training.get(config.stage.kind, (dp, ""))
     if sequences < dp:
         yield (
-            f"a step of {sequences} sequences leaves some of dp={dp} replicas without one; "
-            "raise the batch or tp, pp, cp"
+            f"a step of {sequences} sequences leaves some of dp={dp} replicas without one; raise "
+            f"algorithm.{key}, or parallel.tp, pp or cp"
         )
 
 

@@ -118,7 +118,9 @@ def _experts(m: Model, p: Parallel) -> Iterator[str]:
             f"num_hidden_layers={m.num_hidden_layers}"
         )
     if m.n_routed_experts % p.ep:
-        yield f"ep={p.ep} must divide model.n_routed_experts={m.n_routed_experts}"
+        yield (
+            f"ep={p.ep} must divide model.n_routed_experts={m.n_routed_experts}; change parallel.ep"
+        )
     if m.n_routed_experts % m.n_group:
         yield f"model.n_group={m.n_group} must divide n_routed_experts={m.n_routed_experts}"
         return

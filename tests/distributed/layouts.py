@@ -223,6 +223,7 @@ def deviations(mine: Facts, reference: Facts) -> dict[str, float]:
             pairs = zip(row, expected["logprobs"][uid], strict=True)
             note("log-probs", max(abs(a - b) for a, b in pairs))
         for number, (step, other) in enumerate(zip(facts["steps"], expected["steps"], strict=True)):
+            assert step.keys() == other.keys()
             for key in step.keys() - VOLATILE:
                 scale = max(abs(other[key]), 0.1)
                 note(f"step {number} {key}", abs(step[key] - other[key]) / scale)

@@ -10,6 +10,7 @@ from r1mega.config.schema import Cluster, Config, Learner
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
+from r1mega.records import Sequence
 from r1mega.rollout.replay import rollout_numbers
 from r1mega.system import processes
 from r1mega.weights.names import Spec
@@ -26,7 +27,7 @@ def check_inputs(config: Config) -> None:
                 "tokenizer"
             )
         if config.stage.kind == "sft":
-            load_documents(config.data, tokenizer, config.seed)
+            _check_lengths(load_documents(config.data, tokenizer, config.seed), config)
         elif config.rollout.replay is None:
             load_prompts(config.data, tokenizer, config.seed)
         else:
@@ -77,4 +78,23 @@ def check_machines(cluster: Cluster) -> None:
             raise JobFailed(
                 f"cluster.{key}={port} is taken on {cluster.host}: end what listens there, "
                 "choose another port, or 0 for a free one"
+            )
+    if cluster.master_port and cluster.master_port == cluster.router_port:
+        raise JobFailed(
+            f"cluster.master_port and cluster.router_port are both {cluster.master_port}: choose "
+            "two ports, or 0 for a free one"
+        )
+
+
+def _check_lengths(documents: list[Sequence], config: Config) -> None:
+    longest = max(documents, key=lambda document: len(document.token_ids))
+    tokens = len(longest.token_ids)
+    for key, limit in (
+        ("learner.tokens_per_microbatch", config.learner.tokens_per_microbatch),
+        ("model.max_position_embeddings", config.model.max_position_embeddings),
+    ):
+        if tokens > limit:
+            raise ValueError(
+                f"document {longest.uid} has {tokens} tokens, which exceeds {key}={limit}: "
+                "documents are never cut; raise it, or shorten the document"
             )

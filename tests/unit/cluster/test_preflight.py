@@ -1,12 +1,14 @@
 """What an environment lacks is said before any process starts."""
 
+import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from r1mega.cluster.errors import JobFailed
-from r1mega.cluster.preflight import check_inputs, check_packages
-from r1mega.config import Config, Learner
+from r1mega.cluster.preflight import check_inputs, check_machines, check_packages
+from r1mega.config import Cluster, Config, Learner, load
 
 NEEDS = {
     "transformer_engine": (
@@ -49,3 +51,24 @@ def test_a_field_that_megatron_does_not_have_is_named() -> None:
         "learner.megatron.moe_router_fusions is no field of megatron-core's MLATransformerConfig; "
         "did you mean moe_router_fusion?"
     )
+
+
+def test_one_port_cannot_serve_two() -> None:
+    with pytest.raises(JobFailed, match=r"router_port are both 10317: choose two ports"):
+        check_machines(Cluster(master_port=10317, router_port=10317))
+
+
+@pytest.mark.parametrize(
+    ("key", "limit"),
+    [("learner.tokens_per_microbatch", 20), ("model.max_position_embeddings", 21)],
+)
+def test_a_document_longer_than_what_must_hold_it_is_named(
+    key: str, limit: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "documents.jsonl"
+    rows = [{"text": "1+2=3"}, {"text": "1" * 22}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    layers = ["stage.kind=sft", "data.source=text", f"data.path={path}"]
+    check_inputs(load([*layers, f"{key}=24"]))
+    with pytest.raises(JobFailed, match=rf"jsonl:2 has 24 tokens, which exceeds {key}={limit}"):
+        check_inputs(load([*layers, f"{key}={limit}"]))

@@ -43,7 +43,7 @@ def train(
     for i, batch in enumerate(split(rollout, num_steps, algorithm.normalize, seed)):
         with watch.phase("time/update_s"):
             metrics = learner.update(batch, loss, lr=learning_rates(i))
-        yield metrics
+        yield metrics | {"loss/samples": float(len(batch.sequences))}
 
 
 def surrogate(algorithm: Algorithm) -> ClippedSurrogate:

@@ -120,6 +120,7 @@ def test_dp2_and_temperature_and_several_steps_per_rollout(base: str, tmp_path: 
     )
     steps = [row for row in rows(run_folder) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["loss/samples"] for row in steps] == [9, 9, 9, 9]
     assert max(row["mismatch/max"] for row in steps) < 1e-5
     assert steps[1]["policy/ratio_max"] != 1.0  # the second update of a rollout has moved
     assert [row["version"] for row in (steps[0], steps[2])] == [0, 1]

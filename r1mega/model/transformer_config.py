@@ -32,10 +32,9 @@ def transformer_config(
     model: schema.Model, layout: Layout, options: BuildOptions
 ) -> TransformerConfig:
     """``options.megatron`` overrides what follows from the rest; it passed ``check_fields``."""
-    own = _grouped_query(model) if network.is_dense(model) else _deepseek_v3(model, options)
     values = {
         **_network(model),
-        **own,
+        **({} if network.is_dense(model) else _mixture(model, options)),
         **_parallelism(layout),
         **_numerics(options),
         **options.megatron,
@@ -49,10 +48,16 @@ def transformer_config(
 
 
 def check_fields(model: schema.Model, megatron: dict[str, Any]) -> None:
-    """Raises ValueError on a key of ``learner.megatron`` that megatron-core does not know."""
+    """Raises ValueError on a key of ``learner.megatron`` that megatron-core does not know, or that
+    would make the learner's network another one than ``model``, which engines run."""
     kind = _kind(model)
     known = [f.name for f in fields(kind)]
-    for name in megatron:
+    ours = _network(model)
+    for name, value in megatron.items():
+        if name in ours:
+            raise ValueError(
+                f"learner.megatron.{name}={value}: model.* decides this, for engines too; remove it"
+            )
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "remove it"
@@ -66,7 +71,9 @@ def _kind(model: schema.Model) -> type[TransformerConfig]:
 
 
 def _network(model: schema.Model) -> dict[str, Any]:
+    """What the function of the weights is."""
     return {
+        **(_grouped_query(model) if network.is_dense(model) else _deepseek_v3(model)),
         "num_layers": model.num_hidden_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads,
@@ -90,7 +97,7 @@ def _grouped_query(model: schema.Model) -> dict[str, Any]:
     }
 
 
-def _deepseek_v3(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
+def _deepseek_v3(model: schema.Model) -> dict[str, Any]:
     yarn = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "rope", "rotary_base": model.rope_theta}
     if yarn is not None:
@@ -106,8 +113,7 @@ def _deepseek_v3(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
         }
     return {
         **rope,
-        **_experts(model, options),
-        "mtp_num_layers": None if options.mtp == "none" else model.num_nextn_predict_layers,
+        **_experts(model),
         "q_lora_rank": model.q_lora_rank,
         "kv_lora_rank": model.kv_lora_rank,
         "qk_head_dim": model.qk_nope_head_dim,
@@ -118,7 +124,7 @@ def _deepseek_v3(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
     }
 
 
-def _experts(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
+def _experts(model: schema.Model) -> dict[str, Any]:
     dense = model.first_k_dense_replace
     return {
         "num_moe_experts": model.n_routed_experts,
@@ -128,10 +134,17 @@ def _experts(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
         "moe_layer_freq": [0] * dense + [1] * (model.num_hidden_layers - dense),
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": options.expert_bias_update_rate,
         "moe_router_num_groups": model.n_group,
         "moe_router_group_topk": model.topk_group,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+    }
+
+
+def _mixture(model: schema.Model, options: BuildOptions) -> dict[str, Any]:
+    """How experts and MTP layers are run and trained."""
+    return {
+        "mtp_num_layers": None if options.mtp == "none" else model.num_nextn_predict_layers,
+        "moe_router_bias_update_rate": options.expert_bias_update_rate,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

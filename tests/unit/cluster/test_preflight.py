@@ -43,6 +43,13 @@ def test_the_defaults_need_nothing_more() -> None:
     check_inputs(Config())
 
 
+@pytest.mark.parametrize("field", ["num_layers", "layernorm_epsilon", "moe_router_topk"])
+def test_megatron_is_not_told_another_network(field: str) -> None:
+    with pytest.raises(JobFailed) as failure:
+        check_inputs(Config(learner=Learner(megatron={field: 2})))
+    assert str(failure.value).startswith(f"learner.megatron.{field}=2: model.* decides this")
+
+
 def test_a_field_that_megatron_does_not_have_is_named() -> None:
     check_inputs(Config(learner=Learner(megatron={"moe_router_fusion": True})))
     with pytest.raises(JobFailed) as failure:

@@ -104,10 +104,10 @@ class _Store:
         return MlpWeights(gate_up=self.stack(*names), down=self.own(f"{prefix}.down_proj.weight"))
 
     def experts(self, prefix: str, count: int) -> MlpWeights:
-        """The MLPs of all experts, stacked in front."""
+        """The MLPs of all experts, stacked in front; ``down`` lies as one matrix (hidden, rest)."""
         width, hidden = self.shapes[f"{prefix}.0.gate_proj.weight"]
         gate_up = torch.empty(count, 2 * width, hidden, dtype=torch.float32)
-        down = torch.empty(count, hidden, width, dtype=torch.float32)
+        down = torch.empty(hidden, count, width, dtype=torch.float32).transpose(0, 1)
         for expert in range(count):
             self.named[f"{prefix}.{expert}.gate_proj.weight"] = gate_up[expert, :width]
             self.named[f"{prefix}.{expert}.up_proj.weight"] = gate_up[expert, width:]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from r1mega.rollout.engine.experts import EXPERT_ROWS
+from r1mega.rollout.engine.experts import EXPERT_ROWS, Routed, mix_all, mix_chosen
 from r1mega.rollout.engine.plan import ROWS
 from r1mega.rollout.engine.products import grouped, linear
+from r1mega.rollout.engine.weights import MlpWeights
 
 WIDTHS = [(16, 8), (36, 20), (64, 128), (128, 192), (384, 320), (768, 384), (128, 2048)]
 
@@ -36,3 +37,16 @@ def test_grouped_is_the_linear_of_every_expert(width_in: int, width_out: int):
             expected = grouped(rows, weights, alone)
             for block in part.unflatten(0, (-1, EXPERT_ROWS)):
                 assert torch.equal(block, expected)
+
+
+def test_experts_mix_alike_whether_all_or_the_chosen_compute():
+    generator = torch.Generator().manual_seed(1)
+    gate_up = torch.randn(6, 2 * 20, 32, generator=generator)
+    down = torch.randn(32, 6, 20, generator=generator).transpose(0, 1)
+    scores = torch.rand(3 * ROWS, 6, generator=generator)
+    chosen = scores.topk(2)
+    experts, routed = MlpWeights(gate_up, down), Routed(chosen.indices, chosen.values)
+    x = torch.randn(3 * ROWS, 32, generator=generator)
+    with torch.inference_mode():
+        y = mix_all(experts, routed, x)
+        torch.testing.assert_close(y, mix_chosen(experts, routed, x), rtol=1e-4, atol=1e-3)

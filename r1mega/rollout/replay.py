@@ -42,7 +42,10 @@ def read_routed_experts(path: Path, part: int, parts: int) -> dict[int, RoutedEx
     """This reader's part of what was kept beside the rollout at ``path``."""
     held: dict[int, RoutedExperts] = {}
     for kept in sorted(path.parent.glob(f"{path.stem}.experts-*.msgpack"))[part::parts]:
-        held |= msgspec.msgpack.decode(kept.read_bytes(), type=dict[int, RoutedExperts])
+        try:
+            held |= msgspec.msgpack.decode(kept.read_bytes(), type=dict[int, RoutedExperts])
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{kept} is damaged: {error}; keep this rollout anew") from error
     return held
 
 

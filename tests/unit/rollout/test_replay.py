@@ -51,6 +51,15 @@ def test_each_rank_keeps_the_experts_it_has(tmp_path: Path) -> None:
     assert rollout_numbers(tmp_path) == [3]
 
 
+def test_a_cut_off_file_of_experts_is_named(tmp_path: Path) -> None:
+    held = {0: RoutedExperts(dtype="uint8", ids=bytes(40))}
+    write_routed_experts(tmp_path, 3, 0, with_routed_experts([group("a")], held))
+    (kept,) = tmp_path.glob("*.msgpack")
+    kept.write_bytes(kept.read_bytes()[:30])
+    with pytest.raises(ValueError, match=r"rollout_000003.experts-00000.msgpack is damaged"):
+        read_routed_experts(rollout_path(tmp_path, 3), 0, 1)
+
+
 def test_numbers(tmp_path: Path) -> None:
     for number in (10, 2):
         write_rollout(tmp_path, number, [group("a")])

@@ -75,6 +75,13 @@ def read_rollout(path: Path) -> list[Group]:
     return groups
 
 
+def forget_rollouts(folder: Path, first: int) -> None:
+    """Remove rollout ``first`` and later ones: an earlier launch kept them, they are drawn anew."""
+    for path in folder.glob("rollout_*"):
+        if int(path.name.removeprefix("rollout_").partition(".")[0]) >= first:
+            path.unlink()
+
+
 def rollout_numbers(folder: Path) -> list[int]:
     """Which rollouts ``folder`` holds, in order."""
     numbers = sorted(

@@ -14,7 +14,7 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.parallel.backend import Backend
 from r1mega.records import Group
 from r1mega.rewards.compose import check_errors, reward_metrics
-from r1mega.rollout.replay import write_rollout, write_routed_experts
+from r1mega.rollout.replay import forget_rollouts, write_rollout, write_routed_experts
 from r1mega.run.samples import write_samples
 from r1mega.stages import report
 from r1mega.stages.evaluate import evaluation_metrics
@@ -33,6 +33,8 @@ def main(config: Config, backend: Backend) -> int:
     prompts = load_prompts(config.data, tokenizer, config.seed)
     worker = open_worker(config, backend)
     progress, reference = worker.resume()
+    if worker.groups.rank == 0 and _keeps(config) and config.rollout.replay is None:
+        forget_rollouts(worker.directory.rollouts, progress.rollout)
     if reference is None and config.algorithm.kl_coef:
         reference = worker.learner.weights.copy_to_host()
     watch = Stopwatch()
@@ -150,14 +152,17 @@ def _group_metrics(groups: list[Group], max_error_fraction: float) -> dict[str, 
 def _keep(worker: Worker, progress: Progress, groups: list[Group]) -> None:
     """Samples for people, and the whole rollout for replay when asked for."""
     config, rank, folder = worker.config, worker.groups.rank, worker.directory.rollouts
-    keeps = config.stage.keep_rollouts or config.stage.only == "rollout"
-    if keeps:
+    if _keeps(config):
         write_routed_experts(folder, progress.rollout, rank, groups)
     if rank != 0:
         return
     write_samples(worker.directory, progress.step + 1, groups, config.run.sample_rows)
-    if keeps:
+    if _keeps(config):
         logger.info("kept %s", write_rollout(folder, progress.rollout, groups))
+
+
+def _keeps(config: Config) -> bool:
+    return config.stage.keep_rollouts or config.stage.only == "rollout"
 
 
 def _due(every: int, step: int, last: int) -> bool:

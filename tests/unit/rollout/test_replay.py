@@ -7,6 +7,7 @@ import pytest
 from r1mega.records import Group, RoutedExperts, Score
 from r1mega.rollout.client import read_answer
 from r1mega.rollout.replay import (
+    forget_rollouts,
     read_rollout,
     read_routed_experts,
     rollout_numbers,
@@ -58,6 +59,19 @@ def test_a_cut_off_file_of_experts_is_named(tmp_path: Path) -> None:
     kept.write_bytes(kept.read_bytes()[:30])
     with pytest.raises(ValueError, match=r"rollout_000003.experts-00000.msgpack is damaged"):
         read_routed_experts(rollout_path(tmp_path, 3), 0, 1)
+
+
+def test_what_is_drawn_anew_is_forgotten_first(tmp_path: Path) -> None:
+    """Else a shorter second launch leaves rollouts of the first, and training reads them too."""
+    held = {0: RoutedExperts(dtype="uint8", ids=b"12")}
+    for number in range(3):
+        write_rollout(tmp_path, number, [group("a")])
+        write_routed_experts(tmp_path, number, 1, with_routed_experts([group("a")], held))
+    forget_rollouts(tmp_path, 1)
+    assert rollout_numbers(tmp_path) == [0]
+    assert [path.name for path in tmp_path.glob("*.msgpack")] == [
+        "rollout_000000.experts-00001.msgpack"
+    ]
 
 
 def test_numbers(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Routed:
 def gated(gate_up: Tensor) -> Tensor:
     """SwiGLU of (..., 2 * width), gate first."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return functional.silu(gate).mul_(up)
 
 
 def route(model: Model, moe: MoeWeights, x_ND: Tensor) -> Routed:

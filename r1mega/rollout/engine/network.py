@@ -50,12 +50,12 @@ class Network:
             zip(self.weights.layers, self._attention, strict=True)
         ):
             normed = _norm(x_ND, layer.input_norm, eps)
-            x_ND = x_ND + attention(normed, turns_NF, step, cache.layers[index])
+            x_ND += attention(normed, turns_NF, step, cache.layers[index])
             normed = _norm(x_ND, layer.mlp_norm, eps)
             if isinstance(layer.mlp, MlpWeights):
-                x_ND = x_ND + _mlp(layer.mlp, normed)
+                x_ND += _mlp(layer.mlp, normed)
             else:
-                x_ND = x_ND + self._moe(layer.mlp, normed, index, step, cache)
+                x_ND += self._moe(layer.mlp, normed, index, step, cache)
         return _norm(x_ND, self.weights.norm, eps)
 
     def _moe(self, moe: MoeWeights, x_ND: Tensor, index: int, step: Step, cache: Cache) -> Tensor:

@@ -217,7 +217,7 @@ def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise RuntimeError(
             f"the {name} is {value}: the weights this run started from are broken, or "
-            "learner.lr is too high; the last checkpoint stands"
+            "learner.lr is too high; what was saved before it stands"
         )
 
 

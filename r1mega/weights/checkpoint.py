@@ -87,7 +87,7 @@ def save(
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{folder} was not written: {errors[0]}; the run's last checkpoint stands"
+                f"{folder} was not written: {errors[0]}; what was saved before it stands"
             )
         return {name: entry for r in reports for name, entry in r.files.items()}
 

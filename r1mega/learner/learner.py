@@ -44,6 +44,7 @@ class Learner:
     settings: schema.Learner
     temperature: float  # log-probs are of logits / temperature, as the sampler's are
     weights: LocalWeights
+    policy_names: tuple[str, ...]  # of its Hugging Face tensors: 45,395 at 671B, listed once
     chunks: list[DistributedDataParallel]
     optimizer: Any
     auxiliary: Auxiliary | None  # of the MTP layers
@@ -109,8 +110,7 @@ class Learner:
 
         Without its MTP layers: engines sample from the trunk.
         """
-        policy = hf_shapes(self.weights.model)
-        return hf_tensors(self.weights, policy, device=self.backend.device)
+        return hf_tensors(self.weights, self.policy_names, device=self.backend.device)
 
     def pack(self, batch: Batch) -> Partition:
         """Which sequences go to which rank and microbatch: the same answer on every rank."""
@@ -207,6 +207,7 @@ def open_learner(
         settings=settings,
         temperature=temperature,
         weights=weights,
+        policy_names=tuple(hf_shapes(model)),
         chunks=chunks,
         optimizer=optimizer,
         auxiliary=MtpLoss(weight=settings.mtp_loss_weight) if spec.mtp else None,

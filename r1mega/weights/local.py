@@ -161,7 +161,7 @@ def hf_tensors(
                 else:
                     block = torch.empty(
                         [stop - start for start, stop in region],
-                        dtype=_wire_dtype(name, weights),
+                        dtype=wire_dtype(name, weights),
                         device=device,
                     )
                     dist.recv(block, src=owner)
@@ -183,7 +183,7 @@ def region_owners(model: schema.Model, layout: Layout, spec: Spec) -> Owners:
     return table
 
 
-def _wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:
+def wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:
     """The expert bias is fp32 whatever the precision; all else has the model's dtype."""
     if name.endswith("e_score_correction_bias"):
         return torch.float32

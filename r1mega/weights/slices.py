@@ -2,10 +2,12 @@
 
 A folder is either Hugging Face's (model.safetensors, or shards with model.safetensors.index.json)
 or a checkpoint of ours (index.json: every tensor as rectangles in shard files). Names are Hugging
-Face's in both, so loading, evaluation and conversion share this reader.
+Face's in both, so loading, evaluation, conversion and inspection share this reader. FP8 weights
+(e4m3 with the scales of ``fp8``) are read as the numbers they stand for.
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from r1mega.weights import fp8
 from r1mega.weights.names import Region
+from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile, extent, whole
 
+FORMAT = "r1mega-checkpoint-2"
 CHECKPOINT_INDEX = "index.json"
 HF_INDEX = "model.safetensors.index.json"
 HF_SINGLE = "model.safetensors"
@@ -31,6 +35,7 @@ class Piece:
     file: str
     key: str
     region: Region
+    digest: str = ""  # tensor_file.digest_tensor of it, where a checkpoint of ours says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +44,26 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    dtype: str = "F32"  # safetensors' name of it
+    dtype: str  # safetensors' name of it
 
 
 class SliceReader:
     """Reads regions of tensors. Use as a context manager: it keeps its shard files open.
 
-    Raises ValueError with the name for a tensor that is missing, mis-shaped, quantized or not fully
-    covered.
+    Any number of threads may share one. Raises ValueError with the name for a tensor that is
+    missing, mis-shaped, of a dtype that is no weight's or not fully covered, and for a file that
+    is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._stack = ExitStack()
-        self.tensors = self._open_index()
+        try:
+            self.tensors = self._open_index()
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -68,50 +78,106 @@ class SliceReader:
 
     def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """The stored tensor ``name``, if it has the ``shape`` that the model expects."""
-        stored = self.tensors.get(name)
-        if stored is None:
-            raise ValueError(
-                f"{self.folder}: no tensor {name!r}; is this a checkpoint of another model?"
-            )
+        stored = self._stored(name)
         if stored.shape != shape:
             raise ValueError(
                 f"{self.folder}: {name} has shape {list(stored.shape)} but the model wants "
                 f"{list(shape)}: it is a checkpoint of another model"
             )
-        if stored.dtype not in _READ:
+        if stored.dtype == fp8.CODES and len(shape) == 2:
+            self._check_scales(name, stored)
+        elif stored.dtype not in _READ:
             raise ValueError(
-                f"{self.folder}: {name} is stored as {stored.dtype}, and without its scales a "
-                "quantized weight means nothing: convert the folder to BF16 first"
+                f"{self.folder}: {name} is stored as {stored.dtype}, which is no weight's; "
+                f"readable are {', '.join(_READ)} and {fp8.CODES} with its scales"
             )
         return stored
 
     def read(self, name: str, shape: tuple[int, ...], region: Region) -> Tensor:
-        """``name[region]`` in the dtype it is stored in; ``shape`` is what the model expects."""
-        stored = self.check(name, shape)
-        out: Tensor | None = None
+        """``name[region]`` in the dtype it is stored in, FP8 weights as fp32.
+
+        ``shape`` is what the model expects.
+        """
+        if self.check(name, shape).dtype != fp8.CODES:
+            return self.read_stored(name, region)
+        codes = self.read_stored(name, region)
+        scales = self.read_stored(fp8.scale_name(name), fp8.scale_region(region))
+        (row, _), (column, _) = region
+        return fp8.dequantize(codes, scales, (row, column))
+
+    def read_stored(self, name: str, region: Region) -> Tensor:
+        """``name[region]`` as it is stored: FP8 weights as their codes."""
+        stored = self._stored(name)
+        out = torch.empty(extent(region), dtype=DTYPES[stored.dtype])
         covered = 0
         for piece in stored.pieces:
             overlap = intersect(piece.region, region)
             if overlap is None:
                 continue
-            part = self._file(piece.file).get_slice(piece.key)[_indices(overlap, piece.region)]
-            if out is None:
-                out = torch.empty([stop - start for start, stop in region], dtype=part.dtype)
-            out[_indices(overlap, region)] = part
+            file = self.file(piece.file)
+            self._check_entry(name, stored, piece, file.entries.get(piece.key))
+            part = file.read(piece.key, within(overlap, piece.region))
+            if overlap == region:
+                return part
+            out[indices(overlap, region)] = part
             covered += part.numel()
-        if out is None or covered != out.numel():
+        if covered != out.numel():
             raise ValueError(
                 f"{self.folder}: {name}{list(region)} is stored only in part; copy it anew"
             )
         return out
 
+    def file(self, name: str) -> TensorFile:
+        """The open file ``name`` of the folder."""
+        if name not in self._files:
+            try:
+                handle = TensorFile.open(self.folder / name)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.folder / name} cannot be read: {error.strerror}; copy it anew"
+                ) from error
+            self._files[name] = self._stack.enter_context(handle)
+        return self._files[name]
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise ValueError(
+                f"{self.folder}: no tensor {name!r}; is this a checkpoint of another model?"
+            )
+        return self.tensors[name]
+
+    def _check_scales(self, name: str, stored: StoredTensor) -> None:
+        scales = self.tensors.get(fp8.scale_name(name))
+        if scales is None:
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {stored.dtype} without its scales "
+                f"{fp8.scale_name(name)!r}: without them a quantized weight means nothing"
+            )
+        wanted = StoredTensor(fp8.scale_shape(stored.shape), (), fp8.SCALES)
+        if (scales.shape, scales.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(
+                f"{self.folder}: the scales of {name} are {scales.dtype} {list(scales.shape)}, but "
+                f"blocks of {fp8.BLOCK} x {fp8.BLOCK} have {wanted.dtype} {list(wanted.shape)}"
+            )
+
+    def _check_entry(
+        self, name: str, stored: StoredTensor, piece: Piece, entry: Entry | None
+    ) -> None:
+        """The file has to say of a piece what the index says."""
+        if entry is None or [entry.dtype, *entry.shape] != [stored.dtype, *extent(piece.region)]:
+            there = "is not there" if entry is None else f"is {entry.dtype} {list(entry.shape)}"
+            raise ValueError(
+                f"{self.folder / piece.file}: {piece.key} {there}, but the index says "
+                f"{stored.dtype} {extent(piece.region)} of {name}: copy the folder anew"
+            )
+
     def _open_index(self) -> dict[str, StoredTensor]:
         if (self.folder / CHECKPOINT_INDEX).exists():
             return read_checkpoint_index(self.folder)
         if (self.folder / HF_INDEX).exists():
-            weight_map = json.loads((self.folder / HF_INDEX).read_text())["weight_map"]
+            (weight_map,) = _read_json(self.folder / HF_INDEX, "weight_map")
         elif (self.folder / HF_SINGLE).exists():
-            weight_map = dict.fromkeys(self._file(HF_SINGLE).keys(), HF_SINGLE)
+            weight_map = dict.fromkeys(self.file(HF_SINGLE).entries, HF_SINGLE)
         else:
             raise ValueError(
                 f"{self.folder}: no {HF_SINGLE}, {HF_INDEX} or {CHECKPOINT_INDEX} here; name a "
@@ -119,35 +185,48 @@ class SliceReader:
             )
         tensors = {}
         for name, file in weight_map.items():
-            entry = self._file(file).get_slice(name)
-            shape = tuple(entry.get_shape())
-            whole = tuple((0, size) for size in shape)
-            tensors[name] = StoredTensor(shape, (Piece(file, name, whole),), entry.get_dtype())
+            entry = self.file(file).entries.get(name)
+            if entry is None:
+                raise ValueError(f"{self.folder / file} lacks {name}, which {HF_INDEX} says it has")
+            tensors[name] = StoredTensor(
+                entry.shape, (Piece(file, name, whole(entry.shape)),), entry.dtype
+            )
         return tensors
-
-    def _file(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                handle = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
-            self._files[file] = self._stack.enter_context(handle)
-        return self._files[file]
 
 
 def read_checkpoint_index(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint of ours."""
-    index = json.loads((folder / CHECKPOINT_INDEX).read_text())
+    path = folder / CHECKPOINT_INDEX
+    found, tensors = _read_json(path, "format", "tensors")
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}, but this version reads {FORMAT!r} only")
     return {
         name: StoredTensor(
             tuple(entry["shape"]),
             tuple(
-                Piece(p["file"], p["key"], tuple((a, b) for a, b in p["region"]))
+                Piece(p["file"], p["key"], tuple((a, b) for a, b in p["region"]), p["digest"])
                 for p in entry["pieces"]
             ),
+            entry["dtype"],
         )
-        for name, entry in index["tensors"].items()
+        for name, entry in tensors.items()
     }
+
+
+def checkpoint_index(tensors: Mapping[str, StoredTensor]) -> str:
+    """The content of index.json."""
+    values = {
+        name: {
+            "shape": stored.shape,
+            "dtype": stored.dtype,
+            "pieces": [
+                {"file": p.file, "key": p.key, "region": p.region, "digest": p.digest}
+                for p in stored.pieces
+            ],
+        }
+        for name, stored in tensors.items()
+    }
+    return json.dumps({"format": FORMAT, "tensors": values})
 
 
 def intersect(a: Region, b: Region) -> Region | None:
@@ -156,9 +235,22 @@ def intersect(a: Region, b: Region) -> Region | None:
     return both if all(start < stop for start, stop in both) else None
 
 
-def _indices(region: Region, within: Region) -> tuple[slice, ...]:
-    """Index of ``region`` inside the block that holds ``within``."""
+def within(region: Region, outer: Region) -> Region:
+    """``region`` counted from the first corner of ``outer``."""
     return tuple(
-        slice(start - origin, stop - origin)
-        for (start, stop), (origin, _) in zip(region, within, strict=True)
+        (start - origin, stop - origin)
+        for (start, stop), (origin, _) in zip(region, outer, strict=True)
     )
+
+
+def indices(region: Region, outer: Region) -> tuple[slice, ...]:
+    """Index of ``region`` inside the block that holds ``outer``."""
+    return tuple(slice(*span) for span in within(region, outer))
+
+
+def _read_json(path: Path, *keys: str) -> tuple[Any, ...]:
+    try:
+        values = json.loads(path.read_text())
+        return tuple(values[key] for key in keys)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): copy it anew") from error

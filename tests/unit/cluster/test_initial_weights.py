@@ -15,6 +15,7 @@ from r1mega.cluster.initial_weights import check_weights
 from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
 from r1mega.weights.names import Spec, hf_shapes
+from r1mega.weights.slices import StoredTensor, checkpoint_index
 
 LLAMA = Model(architecture="llama", num_key_value_heads=2, rope_theta=5e5)
 TIED = Model(architecture="qwen2", tie_word_embeddings=True)
@@ -74,7 +75,7 @@ def test_a_description_that_disagrees_is_named(
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(64).to(torch.float8_e4m3fn)}),
-            "model.norm.weight is stored as F8_E4M3, and without its scales",
+            "model.norm.weight is stored as F8_E4M3, which is no weight's",
         ),
         (lambda t: t.pop("model.norm.weight"), "no tensor 'model.norm.weight'"),
     ],
@@ -111,8 +112,8 @@ def test_a_copy_without_its_description_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_ours_says_which_network_it_holds(tmp_path: Path) -> None:
-    tensors = {n: {"shape": s, "pieces": []} for n, s in hf_shapes(LLAMA).items()}
-    (tmp_path / "index.json").write_text(json.dumps({"tensors": tensors}))
+    tensors = {n: StoredTensor(s, (), "F32") for n, s in hf_shapes(LLAMA).items()}
+    (tmp_path / "index.json").write_text(checkpoint_index(tensors))
     held = {k: v for k, v in asdict(LLAMA).items() if k not in ("init", "tokenizer")}
     (tmp_path / "state.json").write_text(json.dumps({"model": held}))
     check_weights(tmp_path, LLAMA, Spec())

@@ -1,0 +1,87 @@
+"""DeepSeek-V3's FP8 weights: e4m3 codes, and one fp32 scale for every block of 128 x 128.
+
+A weight is ``code * scale``; the scale of a block is its largest magnitude / 448, the largest code
+(DeepSeek-V3 report, section 3.3; ``weight_dequant`` and ``act_quant`` in DeepSeek-V3's
+inference/kernel.py). Published checkpoints keep the scales of ``NAME`` as ``NAME_scale_inv``. A
+block that was quantised so comes back from bf16 with equal codes and scales within 2^-8. Pure
+maths on the device of its arguments. Shape suffixes: R, C rows and columns of a weight, S, T rows
+and columns of blocks.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from r1mega.weights.names import Region
+
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+CODES = "F8_E4M3"  # safetensors' name
+SCALES = "F32"
+_SUFFIX = "_scale_inv"
+
+
+def scale_name(name: str) -> str:
+    """The tensor with the scales of weight ``name``."""
+    return name + _SUFFIX
+
+
+def weight_name(name: str) -> str | None:
+    """The weight whose scales tensor ``name`` holds, or None."""
+    return name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else None
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a weight of ``shape``; the last blocks may be smaller ones."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def scale_region(region: Region) -> Region:
+    """The scales that a region of a weight needs."""
+    return tuple((start // BLOCK, -(-stop // BLOCK)) for start, stop in region)
+
+
+def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [R, C] in e4m3, scales [S, T] in fp32) of a weight whose first element begins a block.
+
+    A block without a magnitude that fp32 can scale, as one of zeros, has scale 1. Raises ValueError
+    when a weight is not finite.
+    """
+    weight_RC = weight_RC.float()
+    amax_ST = _block_amax(weight_RC)
+    if not bool(amax_ST.isfinite().all()):
+        raise ValueError("a weight that is not finite has no FP8 form: use an earlier checkpoint")
+    scales_ST = amax_ST / LARGEST
+    scales_ST[scales_ST < torch.finfo(torch.float32).tiny] = 1.0
+    codes_RC = _each_block(weight_RC.clone(), scales_ST, (0, 0), Tensor.div_)
+    return codes_RC.to(torch.float8_e4m3fn), scales_ST
+
+
+def dequantize(codes_RC: Tensor, scales_ST: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """Weights [R, C] in fp32. The codes are a slice at ``origin`` (row, column) of their tensor and
+    may begin anywhere in a block; the scales are those of ``scale_region``."""
+    return _each_block(codes_RC.float(), scales_ST, origin, Tensor.mul_)
+
+
+def _block_amax(weight_RC: Tensor) -> Tensor:
+    rows, columns = weight_RC.shape
+    padded_RC = pad(weight_RC.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return padded_RC.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+
+
+def _each_block(
+    values_RC: Tensor,
+    scales_ST: Tensor,
+    origin: tuple[int, int],
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """``values_RC``, combined in place with the scale of each one's block."""
+    row, column = (start % BLOCK for start in origin)
+    rows, columns = values_RC.shape
+    scales_RT = scales_ST[torch.arange(row, row + rows, device=scales_ST.device) // BLOCK]
+    for block, start in enumerate(range(-column, columns, BLOCK)):
+        span = slice(max(start, 0), start + BLOCK)
+        combine(values_RC[:, span], scales_RT[:, block : block + 1])
+    return values_RC

@@ -7,14 +7,13 @@
       reference/                   the reference policy, if any: weights-*.safetensors, index.json
       index.json                   every tensor: shape and pieces (file, key, region)
       state.json                   step, data position, versions, layout, the network
-      manifest.json                bytes and SHA-256 of every file above
+      manifest.json                bytes and digest of every file above
 
 Everything is written under ``.step_000040.partial`` and renamed last, so what has its name is
 whole; a byte that flips later is found by ``verify``. All functions that take groups are
 collective.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -32,18 +31,23 @@ from r1mega.config import schema
 from r1mega.parallel.collectives import gather_records
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
-from r1mega.system.files import sync_folder, write_atomically
-from r1mega.weights.local import LocalWeights
-from r1mega.weights.slices import CHECKPOINT_INDEX
+from r1mega.system.files import write_atomically
+from r1mega.weights.local import LocalWeights, wire_dtype
+from r1mega.weights.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    commit,
+    partial_folder,
+    record_bytes,
+    remove,
+    verify,
+)
+from r1mega.weights.slices import CHECKPOINT_INDEX, FORMAT
+from r1mega.weights.tensor_file import DTYPE_NAMES, digest_file
 
-FORMAT = "r1mega-checkpoint-1"
-MANIFEST = "manifest.json"
 STATE = "state.json"
 REFERENCE = "reference"
-
-
-class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,7 @@ def save(
 ) -> Path:
     """Write one checkpoint; raises CheckpointError on every rank when any rank could not write."""
     folder = step_folder(checkpoints, progress.step)
-    partial = _partial(folder)
+    partial = partial_folder(folder)
     first = groups.rank == 0
 
     def together(work: Callable[[], _Files]) -> _Files:
@@ -99,25 +103,6 @@ def save(
         lambda: _commit(partial, folder, progress, weights, has_reference, files) if first else {}
     )
     return folder
-
-
-def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Raises CheckpointError naming the first file that is missing or not as it was written.
-
-    ``parts`` callers with one ``part`` each read every file once between them.
-    """
-    for name, entry in list(_manifest(folder).items())[part::parts]:
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing: restore it or use another checkpoint")
-        try:
-            whole = path.stat().st_size == entry["bytes"] and digest(path) == entry["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if not whole:
-            raise CheckpointError(
-                f"{path} is damaged (its SHA-256 is not the manifest's): use another checkpoint"
-            )
 
 
 def newest(
@@ -175,15 +160,10 @@ def prune(newest: Path, keep_last: int) -> None:
     """
     up_to_newest = [folder for folder in _folders(newest.parent) if folder.name <= newest.name]
     for folder in up_to_newest[:-keep_last]:
-        _remove(folder)
+        remove(folder)
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_Files = dict[str, tuple[int, str]]  # file name -> (bytes, SHA-256)
+_Files = dict[str, FileRecord]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,41 +174,17 @@ class _Report:
     error: str = ""
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The files of a checkpoint, with their sizes and digests."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a whole checkpoint")
-    try:
-        files: dict[str, Any] = json.loads(path.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return files
-
-
 def _folders(checkpoints: Path) -> list[Path]:
     """Oldest first."""
     return sorted(checkpoints.glob("step_*"))
 
 
-def _partial(folder: Path) -> Path:
-    """Where a checkpoint is while it is made or removed."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def _start(partial: Path) -> _Files:
     """An empty folder, after clearing away what a kill left of this one and of others."""
-    for leftover in partial.parent.glob(_partial(Path("step_*")).name):
+    for leftover in partial.parent.glob(partial_folder(Path("step_*")).name):
         shutil.rmtree(leftover)
     (partial / REFERENCE).mkdir(parents=True)
     return {}
-
-
-def _remove(folder: Path) -> None:
-    """At no moment does something with a checkpoint's name lack some of its files."""
-    partial = _partial(folder)
-    folder.rename(partial)
-    shutil.rmtree(partial)
 
 
 def _shard(kind: str, rank: int) -> str:
@@ -249,7 +205,7 @@ def _write_shards(
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[name] = (path.stat().st_size, digest(path))
+        files[name] = FileRecord(path.stat().st_size, digest_file(path))
 
     write(_shard("weights", weights.rank), _owned_regions(weights))
     write(_shard("optimizer", weights.rank), optimizer)
@@ -294,16 +250,8 @@ def _commit(
         (partial / REFERENCE).rmdir()
     for name, text in texts.items():
         write_atomically(partial / name, text)
-        files[name] = (len(text.encode()), digest(partial / name))
-    manifest = {
-        "format": FORMAT,
-        "files": {n: {"bytes": size, "sha256": sha} for n, (size, sha) in sorted(files.items())},
-    }
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
-    if folder.exists():  # a run that resumed from before this step writes it anew
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    sync_folder(folder.parent)
+        files[name] = record_bytes(text.encode())
+    commit(partial, folder, files)
     return files
 
 
@@ -314,8 +262,14 @@ def _index(weights: LocalWeights) -> dict[str, Any]:
         "tensors": {
             name: {
                 "shape": shape,
+                "dtype": DTYPE_NAMES[wire_dtype(name, weights)],
                 "pieces": [
-                    {"file": _shard("weights", owner), "key": name, "region": region}
+                    {
+                        "file": _shard("weights", owner),
+                        "key": name,
+                        "region": region,
+                        "digest": "",
+                    }
                     for region, owner in owners.items()
                 ],
             }

@@ -12,6 +12,7 @@ from r1mega.config.errors import ConfigError
 from r1mega.config.learner_checks import learner_violations
 from r1mega.config.network_checks import network_violations
 from r1mega.config.schema import Config, Data, Learner, Model, Parallel, Rollout, Stage
+from r1mega.config.sync_checks import sync_violations
 
 _DOCUMENT_SOURCES = ("arithmetic", "text", "sft")
 _PROMPT_SOURCES = ("arithmetic", "gsm8k", "jsonl")
@@ -43,6 +44,7 @@ def _between_keys(config: Config) -> Iterator[str]:
         yield from _evaluation(config.stage, config.data)
     if config.stage.kind == "rl":
         yield from _rollout(config.rollout, config.stage)
+        yield from sync_violations(config)
         yield from _rewards(config)
         if config.algorithm.replay_routing:
             yield from _replay_routing(config.model, config.learner)

@@ -42,7 +42,7 @@ _ABOVE_ZERO = """
     model.rms_norm_eps model.rope_theta model.rope_scaling.low_freq_factor
     model.rope_scaling.high_freq_factor model.routed_scaling_factor learner.adam_eps
     rollout.temperature rollout.request_timeout_s rollout.engine_start_timeout_s
-    rollout.engine_silence_timeout_s
+    rollout.engine_silence_timeout_s rollout.probe_tolerance
     rewards.math_timeout_s algorithm.importance_cap cluster.collective_timeout_s
 """
 

@@ -183,8 +183,18 @@ class Rollout:
     """Attempts per sample over engine deaths before the run ends with a clear error."""
     max_restarts: int = 3
     """Restarts of one engine before the run ends with a clear error."""
+    sync: Literal["broadcast", "p2p", "disk"] = "broadcast"
+    """How weights reach engines. broadcast: whole tensors from rank 0, with any server. p2p: each
+    slice once, to the engine rank that holds it. disk: a folder that engines and learner share."""
     sync_bucket_mb: int = 512
     """Weights are broadcast in calls of at most this size."""
+    verify: Literal["sample", "all"] = "sample"
+    """Tensors whose checksums are compared after every sync. sample: others each time."""
+    probe_tolerance: float | None = None
+    """Mean log-prob difference between engine and learner above which a probe after a sync fails;
+    null: 1e-4 in fp32, 0.1 in bf16, 0.2 with fp8 weights."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: engines get DeepSeek-V3's form, e4m3 codes with a scale per 128x128 block."""
     sglang_python: str = "python"
     """Interpreter of the environment in which SGLang is installed (requirements/sglang.txt)."""
     sglang_args: list[str] = field(default_factory=list)

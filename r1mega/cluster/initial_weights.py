@@ -5,12 +5,13 @@ bias that nobody asked for load without a word and compute something else.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config import schema
 from r1mega.model.hf_config import hf_config, model_from_hf
 from r1mega.weights import checkpoint
+from r1mega.weights.inventory import take_inventory
 from r1mega.weights.names import Spec, hf_shapes
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader
 
@@ -26,7 +27,7 @@ _FREE = {
 
 
 def check_weights(folder: Path, model: schema.Model, spec: Spec) -> None:
-    """Raises ValueError naming what disagrees: a key of the network, or the first tensor."""
+    """Raises ValueError naming what disagrees: a key of the network, or the first tensors."""
     if not folder.is_dir():
         raise ValueError(
             f"model.init={folder} is not there: run the stage that writes it first, or correct "
@@ -39,14 +40,12 @@ def check_weights(folder: Path, model: schema.Model, spec: Spec) -> None:
                 f"model.init={folder} is described as another network: {differing}; take its "
                 "numbers, or correct the description where the difference is meant"
             )
-        wanted = hf_shapes(model, spec)
-        for name, shape in wanted.items():
-            reader.check(name, shape)
-        if unread := next(_unread(reader.tensors.keys() - wanted.keys(), stored), None):
-            raise ValueError(
-                f"{folder}: a {model.architecture} model of this configuration has no {unread!r}: "
-                "it would be left out; is this a checkpoint of another model?"
-            )
+        inventory = take_inventory(stored, reader.tensors, str(folder))
+    if absent := next((n for n in hf_shapes(model, spec) if n not in inventory.shapes), None):
+        raise ValueError(
+            f"{folder}: no tensor {absent!r}: it has not the MTP layers that "
+            "learner.mtp_loss_weight trains; set it to 0, or take weights that have them"
+        )
 
 
 def _stored_network(folder: Path, model: schema.Model) -> schema.Model:
@@ -71,13 +70,3 @@ def _differences(stored: schema.Model, model: schema.Model) -> Iterator[str]:
     for key in sorted((there.keys() | here.keys()) - _FREE):
         if there.get(key) != here.get(key):
             yield f"{key} is {there.get(key)} there and {here.get(key)} here"
-
-
-def _unread(names: Iterable[str], stored: schema.Model) -> Iterator[str]:
-    """Tensors that belong to no part which may be left out: MTP layers, a tied head's copy."""
-    first = stored.num_hidden_layers
-    mtp = tuple(f"model.layers.{first + i}." for i in range(stored.num_nextn_predict_layers))
-    for name in sorted(names):
-        head = stored.tie_word_embeddings and name == "lm_head.weight"
-        if not (head or name.startswith(mtp) or name.endswith("rotary_emb.inv_freq")):
-            yield name

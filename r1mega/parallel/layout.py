@@ -68,6 +68,13 @@ class Layout:
             stride *= self.size(axis)
         return rank
 
+    def ranks_at(self, **place: int) -> tuple[int, ...]:
+        """The ranks at some coordinates of the dense or of the expert mesh, in order."""
+        mesh = EXPERT_AXES if place.keys() & {"etp", "ep", "edp"} else DENSE_AXES
+        spans = [(place[a], place[a] + 1) if a in place else (0, self.size(a)) for a in mesh]
+        every = product(*(range(*span) for span in reversed(spans)))
+        return tuple(self.rank(**dict(zip(reversed(mesh), at, strict=True))) for at in every)
+
     def groups(self, *axes: str) -> list[list[int]]:
         """All groups over ``axes``: ranks that differ on these axes only, in rank order."""
         mesh = EXPERT_AXES if set(axes) & {"etp", "ep", "edp"} else DENSE_AXES

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
+from r1mega.weights.holders import Held, holders
 from r1mega.weights.names import ParameterSlice, Region, Spec, parameter_slices
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
-# Hugging Face name -> its shape, and the owner of each of its distinct regions.
+# Hugging Face name -> its shape, and the lowest rank that holds each of its distinct regions.
 Owners = dict[str, tuple[tuple[int, ...], dict[Region, int]]]
 
 
@@ -30,7 +31,14 @@ class LocalWeights:
     slices: tuple[ParameterSlice, ...]
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
     settle: Callable[[], None] = lambda: None  # ends what an update left under way; collective
-    owners: Owners  # a second of arithmetic at 671B: done once
+    holders: dict[str, Held]  # of every tensor, in forward order
+
+    @property
+    def owners(self) -> Owners:
+        return {
+            name: (held.shape, {region: ranks[0] for region, ranks in held.parts})
+            for name, held in self.holders.items()
+        }
 
     def blocks(self, piece: ParameterSlice) -> Tensor:
         """The live view [blocks, rows of each, ...] of one slice: writing to it writes the
@@ -98,7 +106,7 @@ def local_weights(
         rank=rank,
         slices=tuple(slices),
         tensors=tensors,
-        owners=region_owners(model, layout, spec),
+        holders=holders(model, layout, spec),
     )
 
 
@@ -145,16 +153,16 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Stream whole Hugging Face tensors to rank 0, one at a time; all ranks iterate to the end.
 
-    ``names`` are some or all of ``weights.owners``. Yields (name, tensor) on rank 0 and (name,
+    ``names`` are some or all of ``weights.holders``. Yields (name, tensor) on rank 0 and (name,
     None) elsewhere. Each distinct rectangle crosses the network once, from the lowest rank that
     holds it.
     """
     weights.settle()
     mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
     for name in names:
-        shape, owners = weights.owners[name]
+        held = weights.holders[name]
         whole: Tensor | None = None
-        for region, owner in owners.items():
+        for region, (owner, *_) in held.parts:
             if weights.rank == 0:
                 if owner == 0:
                     block = weights.region(mine[name, region])
@@ -166,21 +174,11 @@ def hf_tensors(
                     )
                     dist.recv(block, src=owner)
                 if whole is None:
-                    whole = torch.empty(shape, dtype=block.dtype, device=device)
+                    whole = torch.empty(held.shape, dtype=block.dtype, device=device)
                 whole[tuple(slice(start, stop) for start, stop in region)] = block
             elif owner == weights.rank:
                 dist.send(weights.region(mine[name, region]).contiguous(), dst=0)
         yield name, whole
-
-
-def region_owners(model: schema.Model, layout: Layout, spec: Spec) -> Owners:
-    """Every Hugging Face tensor: its shape, its distinct regions and the lowest rank of each."""
-    table: Owners = {}
-    for rank in range(layout.world):
-        for piece in parameter_slices(model, layout, rank, spec):
-            _, owners = table.setdefault(piece.hf_name, (piece.hf_shape, {}))
-            owners.setdefault(piece.region, rank)
-    return table
 
 
 def wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:

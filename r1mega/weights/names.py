@@ -4,43 +4,36 @@ One row per kind of parameter. From it come loading, saving, the stream to the e
 counts and the tests. Every row maps a rectangle of a Hugging Face tensor to the same rectangle of
 each of some equal blocks of this rank's Megatron tensor; no other layout change is needed
 (Megatron's MLA takes the rotary weights interleaved, its other attention in halves, both as Hugging
-Face stores them). Pure Python: imports no torch.
+Face stores them). A row and a site of the network, which is a pipeline stage and a place in it,
+make a parameter. Pure Python: imports no torch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
+from r1mega.weights.cuts import Cut, Stacked, cut_dim, stack
+from r1mega.weights.cuts import Region as Region
 
-Region = tuple[tuple[int, int], ...]  # half-open (start, stop) per dimension
 # "copy": on a last stage that is not the first. "mtp": an MTP layer, beside its transformer layer.
 Scope = Literal["first", "layer", "dense", "moe", "expert", "last", "copy", "mtp"]
-Feature = Literal["mla", "q_lora", "q_full", "gqa", "qkv_bias", "o_bias", "head", "tied", "mtp"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stacked:
-    """One of several Hugging Face tensors that Megatron stacks along dim 0 of one tensor.
-
-    ``rows`` are the sizes of all of them in order, this one at ``index``. The stack repeats:
-    ``groups`` names how often in the whole tensor; without it, once on every rank.
-    """
-
-    index: int
-    rows: tuple[str, ...]
-    groups: str | None = None
+Feature = Literal[
+    "mla", "q_lora", "q_full", "gqa", "qkv_bias", "o_bias", "head", "tied", "mtp", "mtp_copies"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One kind of parameter, named within its scope's prefix.
 
-    ``shape`` names entries of ``_sizes``. ``cut`` is the dimension split over tp (over etp inside
-    an expert). ``fused`` is the name under TransformerEngine's spec, which folds some norms into
-    the linear layer behind them. ``only``: the feature without which a network has no such row.
+    ``shape`` names entries of ``tensor_sizes``. ``cut`` is the dimension split over tp (over etp
+    inside an expert). ``fused`` is the name under TransformerEngine's spec, which folds some norms
+    into the linear layer behind them. ``only``: the feature without which a network lacks the row.
+    ``fp8``: DeepSeek-V3's FP8 checkpoints keep it as codes and scales.
     """
 
     scope: Scope
@@ -51,6 +44,12 @@ class Row:
     stacked: Stacked | None = None
     fused: str | None = None
     only: Feature | None = None
+    fp8: bool = False
+
+    @property
+    def axis(self) -> Literal["tp", "etp"]:
+        """Of the ranks that share a cut tensor."""
+        return "etp" if self.scope == "expert" else "tp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,24 @@ class Spec:
     fused_norms: bool = False  # TransformerEngine's layer spec
     grouped_experts: bool = False  # TEGroupedMLP: one tensor per expert in one module
     mtp: bool = False  # the MTP layers, on the last stage
+    mtp_copies: bool = False  # with the copies of embedding and head that published ones have
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place of the network that has all parameters of one scope, on some ranks of ``stage``.
+
+    ``hf`` and ``megatron`` are what stands before a row's names there, ``suffix`` what stands
+    behind Megatron's. ``ep`` is the expert-parallel rank that holds an expert.
+    """
+
+    scope: Scope
+    stage: int
+    chunk: int  # the virtual stage
+    hf: str = ""
+    megatron: str = ""
+    suffix: str = ""
+    ep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +93,10 @@ class ParameterSlice:
     target: Region
 
 
-def _stack(*rows: str, groups: str | None = None) -> tuple[Stacked, ...]:
-    return tuple(Stacked(index, rows, groups) for index in range(len(rows)))
-
-
-Q, K, V = _stack("queries", "keys", "keys", groups="key_value_heads")
-GATE, UP = _stack("dense", "dense")
-SHARED_GATE, SHARED_UP = _stack("shared", "shared")
-EXPERT_GATE, EXPERT_UP = _stack("expert", "expert")
+Q, K, V = stack("queries", "keys", "keys", groups="key_value_heads")
+GATE, UP = stack("dense", "dense")
+SHARED_GATE, SHARED_UP = stack("shared", "shared")
+EXPERT_GATE, EXPERT_UP = stack("expert", "expert")
 
 # fmt: off
 TABLE = (
@@ -93,11 +106,11 @@ TABLE = (
     Row("layer", "input_layernorm.weight", "input_layernorm.weight", "hidden", only="gqa",
         fused="self_attention.linear_qkv.layer_norm_weight"),
     Row("layer", "self_attn.q_proj.weight", "self_attention.linear_qkv.weight",
-        "queries hidden", 0, Q, only="gqa"),
+        "queries hidden", 0, Q, only="gqa", fp8=True),
     Row("layer", "self_attn.k_proj.weight", "self_attention.linear_qkv.weight",
-        "keys hidden", 0, K, only="gqa"),
+        "keys hidden", 0, K, only="gqa", fp8=True),
     Row("layer", "self_attn.v_proj.weight", "self_attention.linear_qkv.weight",
-        "keys hidden", 0, V, only="gqa"),
+        "keys hidden", 0, V, only="gqa", fp8=True),
     Row("layer", "self_attn.q_proj.bias", "self_attention.linear_qkv.bias",
         "queries", 0, Q, only="qkv_bias"),
     Row("layer", "self_attn.k_proj.bias", "self_attention.linear_qkv.bias",
@@ -105,56 +118,62 @@ TABLE = (
     Row("layer", "self_attn.v_proj.bias", "self_attention.linear_qkv.bias",
         "keys", 0, V, only="qkv_bias"),
     Row("layer", "self_attn.q_proj.weight", "self_attention.linear_q_proj.weight",
-        "queries hidden", 0, only="q_full"),
+        "queries hidden", 0, only="q_full", fp8=True),
     Row("layer", "self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight",
-        "q_rank hidden", only="q_lora"),
+        "q_rank hidden", only="q_lora", fp8=True),
     Row("layer", "self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight",
         "q_rank", fused="self_attention.linear_q_up_proj.layer_norm_weight", only="q_lora"),
     Row("layer", "self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight",
-        "queries q_rank", 0, only="q_lora"),
+        "queries q_rank", 0, only="q_lora", fp8=True),
     Row("layer", "self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight",
-        "latent hidden", only="mla"),
+        "latent hidden", only="mla", fp8=True),
     Row("layer", "self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight",
         "kv_rank", fused="self_attention.linear_kv_up_proj.layer_norm_weight", only="mla"),
     Row("layer", "self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight",
-        "keys_values kv_rank", 0, only="mla"),
+        "keys_values kv_rank", 0, only="mla", fp8=True),
     Row("layer", "self_attn.o_proj.weight", "self_attention.linear_proj.weight",
-        "hidden values", 1),
+        "hidden values", 1, fp8=True),
     Row("layer", "self_attn.o_proj.bias", "self_attention.linear_proj.bias",
         "hidden", only="o_bias"),
     Row("dense", "post_attention_layernorm.weight", "pre_mlp_layernorm.weight",
         "hidden", fused="mlp.linear_fc1.layer_norm_weight"),
-    Row("dense", "mlp.gate_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, GATE),
-    Row("dense", "mlp.up_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, UP),
-    Row("dense", "mlp.down_proj.weight", "mlp.linear_fc2.weight", "hidden dense", 1),
+    Row("dense", "mlp.gate_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, GATE,
+        fp8=True),
+    Row("dense", "mlp.up_proj.weight", "mlp.linear_fc1.weight", "dense hidden", 0, UP, fp8=True),
+    Row("dense", "mlp.down_proj.weight", "mlp.linear_fc2.weight", "hidden dense", 1, fp8=True),
     Row("moe", "post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "hidden"),
     Row("moe", "mlp.gate.weight", "mlp.router.weight", "experts hidden"),
     Row("moe", "mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "experts"),
     Row("moe", "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.linear_fc1.weight",
-        "shared hidden", 0, SHARED_GATE),
+        "shared hidden", 0, SHARED_GATE, fp8=True),
     Row("moe", "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.linear_fc1.weight",
-        "shared hidden", 0, SHARED_UP),
+        "shared hidden", 0, SHARED_UP, fp8=True),
     Row("moe", "mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight",
-        "hidden shared", 1),
-    Row("expert", "gate_proj.weight", "linear_fc1.weight", "expert hidden", 0, EXPERT_GATE),
-    Row("expert", "up_proj.weight", "linear_fc1.weight", "expert hidden", 0, EXPERT_UP),
-    Row("expert", "down_proj.weight", "linear_fc2.weight", "hidden expert", 1),
+        "hidden shared", 1, fp8=True),
+    Row("expert", "gate_proj.weight", "linear_fc1.weight", "expert hidden", 0, EXPERT_GATE,
+        fp8=True),
+    Row("expert", "up_proj.weight", "linear_fc1.weight", "expert hidden", 0, EXPERT_UP, fp8=True),
+    Row("expert", "down_proj.weight", "linear_fc2.weight", "hidden expert", 1, fp8=True),
     Row("last", "model.norm.weight", "decoder.final_layernorm.weight", "hidden"),
     Row("last", "lm_head.weight", "output_layer.weight", "vocab hidden", 0, only="head"),
     # A tied head and MTP layers need the embedding where they are.
     Row("copy", "model.embed_tokens.weight", "output_layer.weight", "vocab hidden", 0, only="tied"),
     Row("copy", "model.embed_tokens.weight", "embedding.word_embeddings.weight",
         "vocab hidden", 0, only="mtp"),
-    # Published MTP layers also hold copies of embedding and head; the main ones serve both.
     Row("mtp", "enorm.weight", "enorm.weight", "hidden"),
     Row("mtp", "hnorm.weight", "hnorm.weight", "hidden"),
     Row("mtp", "eh_proj.weight", "eh_proj.weight", "hidden twice_hidden", 0),
     Row("mtp", "shared_head.norm.weight", "final_layernorm.weight", "hidden"),
+    # Published MTP layers also hold copies of embedding and head; the main ones serve both.
+    Row("mtp", "embed_tokens.weight", "embedding.word_embeddings.weight",
+        "vocab hidden", 0, only="mtp_copies"),
+    Row("mtp", "shared_head.head.weight", "output_layer.weight",
+        "vocab hidden", 0, only="mtp_copies"),
 )
 # fmt: on
 
 
-def _sizes(m: schema.Model) -> dict[str, int]:
+def tensor_sizes(m: schema.Model) -> dict[str, int]:
     """The names that ``Row.shape`` uses."""
     heads, groups = m.num_attention_heads, network.key_value_heads(m)
     if network.is_dense(m):
@@ -192,14 +211,37 @@ def _features(m: schema.Model, spec: Spec) -> set[Feature]:
         "head": not m.tie_word_embeddings,
         "tied": m.tie_word_embeddings,
         "mtp": spec.mtp,
+        "mtp_copies": spec.mtp_copies,
     }
     return {feature for feature, present in has.items() if present}
 
 
+def rows_by_scope(model: schema.Model, spec: Spec = Spec()) -> dict[Scope, tuple[Row, ...]]:
+    """The rows that the network has."""
+    features = _features(model, spec)
+    rows = [row for row in TABLE if row.only is None or row.only in features]
+    return {scope: tuple(r for r in rows if r.scope == scope) for scope in get_args(Scope)}
+
+
 def hf_shapes(model: schema.Model, spec: Spec = Spec()) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor and its full shape; those of MTP layers if ``spec`` builds them."""
-    single = Layout(world=1)
-    return {s.hf_name: s.hf_shape for s in parameter_slices(model, single, 0, spec)}
+    sizes, rows = tensor_sizes(model), rows_by_scope(model, spec)
+    return {
+        site.hf + row.hf: tuple(sizes[name] for name in row.shape.split())
+        for site in sites(model, Layout(world=1), spec)
+        for row in rows[site.scope]
+    }
+
+
+def fp8_weights(model: schema.Model, spec: Spec = Spec()) -> frozenset[str]:
+    """The Hugging Face tensors that FP8 checkpoints keep as codes and scales."""
+    rows = rows_by_scope(model, spec)
+    return frozenset(
+        site.hf + row.hf
+        for site in sites(model, Layout(world=1), spec)
+        for row in rows[site.scope]
+        if row.fp8
+    )
 
 
 def count_parameters(model: schema.Model, *, active: bool = False) -> int:
@@ -217,11 +259,11 @@ def count_parameters(model: schema.Model, *, active: bool = False) -> int:
         "expert": moe * (model.num_experts_per_tok if active else model.n_routed_experts),
         "last": 1,
     }
-    sizes, features = _sizes(model), _features(model, Spec())
+    sizes, rows = tensor_sizes(model), rows_by_scope(model)
     return sum(
-        times.get(row.scope, 0) * prod(sizes[name] for name in row.shape.split())
-        for row in TABLE
-        if row.only is None or row.only in features
+        count * prod(sizes[name] for name in row.shape.split())
+        for scope, count in times.items()
+        for row in rows[scope]
     )
 
 
@@ -229,124 +271,92 @@ def parameter_slices(
     model: schema.Model, layout: Layout, rank: int, spec: Spec = Spec()
 ) -> list[ParameterSlice]:
     """Which rectangle of which Hugging Face tensor ``rank`` holds, in forward order."""
-    place = layout.coordinates(rank)
-    sizes, features = _sizes(model), _features(model, spec)
-    rows = [row for row in TABLE if row.only is None or row.only in features]
+    place, sizes = layout.coordinates(rank), tensor_sizes(model)
+    held = {
+        scope: [
+            (row, cut)
+            for row in rows
+            if (cut := cut_row(row, sizes, place[row.axis], layout.size(row.axis))) is not None
+        ]
+        for scope, rows in rows_by_scope(model, spec).items()
+    }
     return [
-        piece
-        for chunk, scope, at in _places(model, layout, place, spec)
-        for row in rows
-        if row.scope == scope
-        if (piece := _slice(row, sizes, at, chunk, place, layout, spec)) is not None
+        ParameterSlice(
+            site.hf + row.hf,
+            cut.shape,
+            cut.region,
+            site.chunk,
+            _megatron_name(row, site, spec),
+            cut.blocks,
+            cut.target,
+        )
+        for site in sites(model, layout, spec)
+        if site.stage == place["pp"] and site.ep in (None, place["ep"])
+        for row, cut in held[site.scope]
     ]
 
 
-_At = dict[str, int | str]  # what fills the braces in a row's names
-
-
-def _places(
-    model: schema.Model, layout: Layout, place: dict[str, int], spec: Spec
-) -> Iterator[tuple[int, Scope, _At]]:
-    """(chunk, scope, numbers in names) of all that a rank at ``place`` holds, in forward order."""
+def sites(model: schema.Model, layout: Layout, spec: Spec = Spec()) -> Iterator[Site]:
+    """All places of the network, in forward order."""
     num_layers = model.num_hidden_layers
-    for chunk, layers in enumerate(layout.stage_layers(num_layers)[place["pp"]]):
+    stages = layout.stage_layers(num_layers)
+    for chunk, stage in product(range(layout.vpp or 1), range(layout.pp)):
+        layers = stages[stage][chunk]
         if is_first := layers.start == 0:
-            yield chunk, "first", {}
+            yield Site("first", stage, chunk)
         for local_layer, layer in enumerate(layers):
-            for scope, at in _layer(model, layout, place, layer, f"decoder.layers.{local_layer}."):
-                yield chunk, scope, at
+            at = Site("layer", stage, chunk, _layer(layer), f"decoder.layers.{local_layer}.")
+            yield from _layer_sites(model, layout, spec, layer, at)
         if layers.stop != num_layers:
             continue
-        yield chunk, "last", {}
+        yield Site("last", stage, chunk)
         if not is_first:
-            yield chunk, "copy", {}
+            yield Site("copy", stage, chunk)
         for depth in range(model.num_nextn_predict_layers if spec.mtp else 0):
-            layer, block = num_layers + depth, f"mtp.layers.{depth}."
-            yield chunk, "mtp", {"layer": layer, "block": block}
-            for scope, at in _layer(model, layout, place, layer, block + "transformer_layer."):
-                yield chunk, scope, at
+            layer = num_layers + depth
+            at = Site("mtp", stage, chunk, _layer(layer), f"mtp.layers.{depth}.")
+            yield at
+            at = replace(at, megatron=at.megatron + "transformer_layer.")
+            yield from _layer_sites(model, layout, spec, layer, at)
 
 
-def _layer(
-    model: schema.Model, layout: Layout, place: dict[str, int], layer: int, block: str
-) -> Iterator[tuple[Scope, _At]]:
-    """One transformer layer, which Megatron's names begin with ``block`` for."""
-    at: _At = {"layer": layer, "block": block}
-    yield "layer", at
+def _layer_sites(
+    model: schema.Model, layout: Layout, spec: Spec, layer: int, at: Site
+) -> Iterator[Site]:
+    """Those of one transformer layer, of which ``at`` has stage and prefixes."""
+    yield replace(at, scope="layer")
     if layer < network.num_dense_layers(model):
-        yield "dense", at
+        yield replace(at, scope="dense")
         return
-    yield "moe", at
+    yield replace(at, scope="moe")
     num_experts = model.n_routed_experts // layout.ep
-    for local_expert in range(num_experts):
-        expert = place["ep"] * num_experts + local_expert
-        yield "expert", at | {"expert": expert, "local_expert": local_expert}
+    for expert in range(model.n_routed_experts):
+        ep, local_expert = divmod(expert, num_experts)
+        hf = f"{at.hf}mlp.experts.{expert}."
+        megatron, suffix = f"{at.megatron}mlp.experts.local_experts.{local_expert}.", ""
+        if spec.grouped_experts:
+            megatron, suffix = f"{at.megatron}mlp.experts.", str(local_expert)
+        yield Site("expert", at.stage, at.chunk, hf, megatron, suffix, ep)
 
 
-def _slice(
-    row: Row,
-    sizes: dict[str, int],
-    at: _At,
-    chunk: int,
-    place: dict[str, int],
-    layout: Layout,
-    spec: Spec,
-) -> ParameterSlice | None:
-    """None: this rank holds nothing of the tensor."""
+def cut_row(row: Row, sizes: dict[str, int], index: int, parts: int) -> Cut | None:
+    """The ``index``-th of ``parts`` along the row's axis; None: nothing of the tensor."""
     shape = tuple(sizes[name] for name in row.shape.split())
-    region, target, blocks = [(0, size) for size in shape], [(0, size) for size in shape], 1
-    if row.cut is not None:
-        axis = "etp" if row.scope == "expert" else "tp"
-        stacked = row.stacked or Stacked(0, (row.shape.split()[row.cut],))
-        cut = _cut(stacked, sizes, place[axis], layout.size(axis))
-        if cut is None:
-            return None
-        region[row.cut], target[row.cut], blocks = cut
-    return ParameterSlice(
-        _hf_name(row).format(**at),
-        shape,
-        tuple(region),
-        chunk,
-        _megatron_name(row, spec).format(**at),
-        blocks,
-        tuple(target),
-    )
-
-
-def _cut(
-    stacked: Stacked, sizes: dict[str, int], index: int, parts: int
-) -> tuple[tuple[int, int], tuple[int, int], int] | None:
-    """The ``index``-th of ``parts``: range of the Hugging Face tensor, target, blocks.
-
-    Megatron's whole dimension repeats the stack ``groups`` times and is cut evenly: into whole
-    stacks or, when there are fewer of them than parts (key-value heads), into parts of one.
-    """
-    groups = parts if stacked.groups is None else sizes[stacked.groups]
-    rows = [sizes[name] // groups for name in stacked.rows]
-    before, size = sum(rows[: stacked.index]), rows[stacked.index]
-    blocks, sharers = max(1, groups // parts), max(1, parts // groups)
-    window = sum(rows) // sharers
-    offset = index % sharers * window
-    start, stop = max(before, offset), min(before + size, offset + window)
-    if start >= stop:
+    whole = tuple((0, size) for size in shape)
+    if row.cut is None:
+        return Cut(shape, whole, 1, whole)
+    stacked = row.stacked or Stacked(0, (row.shape.split()[row.cut],))
+    if (cut := cut_dim(stacked, sizes, index, parts)) is None:
         return None
-    first, last = index * groups // parts * size, (index * groups // parts + blocks - 1) * size
-    region = (first + start - before, last + stop - before)
-    return region, (start - offset, stop - offset), blocks
+    span, target, blocks = cut
+    before, after = whole[: row.cut], whole[row.cut + 1 :]
+    return Cut(shape, (*before, span, *after), blocks, (*before, target, *after))
 
 
-def _hf_name(row: Row) -> str:
-    if row.scope in ("first", "last", "copy"):
-        return row.hf
-    experts = "mlp.experts.{expert}." if row.scope == "expert" else ""
-    return "model.layers.{layer}." + experts + row.hf
+def _layer(number: int) -> str:
+    return f"model.layers.{number}."
 
 
-def _megatron_name(row: Row, spec: Spec) -> str:
+def _megatron_name(row: Row, site: Site, spec: Spec) -> str:
     name = row.fused if row.fused is not None and spec.fused_norms else row.megatron
-    if row.scope in ("first", "last", "copy"):
-        return name
-    if row.scope == "expert" and spec.grouped_experts:
-        return "{block}mlp.experts." + name + "{local_expert}"
-    experts = "mlp.experts.local_experts.{local_expert}." if row.scope == "expert" else ""
-    return "{block}" + experts + name
+    return site.megatron + name + site.suffix

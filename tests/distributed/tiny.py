@@ -230,7 +230,7 @@ def weights(learner: "Learner") -> dict[str, list[float]]:
     held = learner.weights
     return {
         name: tensor.flatten().tolist()
-        for name, tensor in hf_tensors(held, held.owners, device=torch.device("cpu"))
+        for name, tensor in hf_tensors(held, held.holders, device=torch.device("cpu"))
         if tensor is not None
     }
 

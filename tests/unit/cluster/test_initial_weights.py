@@ -95,10 +95,16 @@ def test_another_architecture_is_one_difference(tmp_path: Path) -> None:
 
 
 def test_mtp_layers_are_asked_for_only_when_trained(tmp_path: Path) -> None:
-    save(tmp_path, MTP, lambda t: t.pop("model.layers.4.eh_proj.weight"))
+    save(tmp_path, replace(MTP, num_nextn_predict_layers=0))
     check_weights(tmp_path, MTP, Spec())
-    with pytest.raises(ValueError, match=r"no tensor 'model.layers.4.eh_proj.weight'"):
+    with pytest.raises(ValueError, match=r"no tensor 'model.layers.4.enorm.weight': it has not"):
         check_weights(tmp_path, MTP, Spec(mtp=True))
+
+
+def test_a_partial_mtp_layer_is_refused_trained_or_not(tmp_path: Path) -> None:
+    save(tmp_path, MTP, lambda t: t.pop("model.layers.4.eh_proj.weight"))
+    with pytest.raises(ValueError, match=r"in part only, without 'model.layers.4.eh_proj.weight'"):
+        check_weights(tmp_path, MTP, Spec())
 
 
 def test_a_copy_without_its_description_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Do rectangles cover a tensor, each element exactly once?"""
+
+from collections.abc import Iterable
+from math import prod
+
+from r1mega.weights.names import Region
+
+
+def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | None:
+    """What keeps ``regions`` from covering ``shape`` exactly once, in words; None: they do.
+
+    Inside, disjoint and of the tensor's volume is enough. Takes n log n for rectangles that are cut
+    along the first dimension, n^2 at worst.
+    """
+    volume = 0
+    open_: list[Region] = []  # those that may reach beyond the start of the next
+    for region in sorted(regions):
+        if len(region) != len(shape) or any(
+            not 0 <= start <= stop <= size
+            for (start, stop), size in zip(region, shape, strict=True)
+        ):
+            return f"the piece {_words(region)} lies outside its shape {list(shape)}"
+        size = prod(stop - start for start, stop in region)
+        if size == 0 and prod(shape):
+            return f"the piece {_words(region)} is empty"
+        open_ = [other for other in open_ if other and other[0][1] > region[0][0]]
+        if clash := next((other for other in open_ if _overlap(other, region)), None):
+            return f"its pieces {_words(clash)} and {_words(region)} overlap"
+        if not region and volume:
+            return "it is there twice"
+        open_.append(region)
+        volume += size
+    if volume != prod(shape):
+        return f"its pieces hold {volume} of its {prod(shape)} elements"
+    return None
+
+
+def _overlap(a: Region, b: Region) -> bool:
+    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+
+
+def _words(region: Region) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in region) + "]"

@@ -2,10 +2,9 @@
 
 A weight is ``code * scale``; the scale of a block is its largest magnitude / 448, the largest code
 (DeepSeek-V3 report, section 3.3; ``weight_dequant`` and ``act_quant`` in DeepSeek-V3's
-inference/kernel.py). Published checkpoints keep the scales of ``NAME`` as ``NAME_scale_inv``. A
-block that was quantised so comes back from bf16 with equal codes and scales within 2^-8. Pure
-maths on the device of its arguments. Shape suffixes: R, C rows and columns of a weight, S, T rows
-and columns of blocks.
+inference/kernel.py). A block that was quantised so comes back from bf16 with equal codes and a
+scale within 2^-8. Pure maths on the device of its arguments. Shape suffixes: R, C rows and columns
+of a weight, S, T rows and columns of blocks.
 """
 
 from collections.abc import Callable
@@ -14,33 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from r1mega.weights.names import Region
+from r1mega.weights.blocks import BLOCK
 
-BLOCK = 128
 LARGEST = 448.0  # of e4m3
 CODES = "F8_E4M3"  # safetensors' name
 SCALES = "F32"
-_SUFFIX = "_scale_inv"
-
-
-def scale_name(name: str) -> str:
-    """The tensor with the scales of weight ``name``."""
-    return name + _SUFFIX
-
-
-def weight_name(name: str) -> str | None:
-    """The weight whose scales tensor ``name`` holds, or None."""
-    return name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else None
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the scales of a weight of ``shape``; the last blocks may be smaller ones."""
-    return tuple(-(-size // BLOCK) for size in shape)
-
-
-def scale_region(region: Region) -> Region:
-    """The scales that a region of a weight needs."""
-    return tuple((start // BLOCK, -(-stop // BLOCK)) for start, stop in region)
 
 
 def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +38,7 @@ def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes_RC: Tensor, scales_ST: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
     """Weights [R, C] in fp32. The codes are a slice at ``origin`` (row, column) of their tensor and
-    may begin anywhere in a block; the scales are those of ``scale_region``."""
+    may begin anywhere in a block; the scales are those of ``blocks.scale_region``."""
     return _each_block(codes_RC.float(), scales_ST, origin, Tensor.mul_)
 
 

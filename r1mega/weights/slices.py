@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from r1mega.weights import fp8
+from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape
 from r1mega.weights.names import Region
 from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile, extent, whole
 
@@ -101,7 +102,7 @@ class SliceReader:
         if self.check(name, shape).dtype != fp8.CODES:
             return self.read_stored(name, region)
         codes = self.read_stored(name, region)
-        scales = self.read_stored(fp8.scale_name(name), fp8.scale_region(region))
+        scales = self.read_stored(scale_name(name), scale_region(region))
         (row, _), (column, _) = region
         return fp8.dequantize(codes, scales, (row, column))
 
@@ -147,17 +148,17 @@ class SliceReader:
         return self.tensors[name]
 
     def _check_scales(self, name: str, stored: StoredTensor) -> None:
-        scales = self.tensors.get(fp8.scale_name(name))
+        scales = self.tensors.get(scale_name(name))
         if scales is None:
             raise ValueError(
                 f"{self.folder}: {name} is stored as {stored.dtype} without its scales "
-                f"{fp8.scale_name(name)!r}: without them a quantized weight means nothing"
+                f"{scale_name(name)!r}: without them a quantized weight means nothing"
             )
-        wanted = StoredTensor(fp8.scale_shape(stored.shape), (), fp8.SCALES)
+        wanted = StoredTensor(scale_shape(stored.shape), (), fp8.SCALES)
         if (scales.shape, scales.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(
                 f"{self.folder}: the scales of {name} are {scales.dtype} {list(scales.shape)}, but "
-                f"blocks of {fp8.BLOCK} x {fp8.BLOCK} have {wanted.dtype} {list(wanted.shape)}"
+                f"blocks of {BLOCK} x {BLOCK} have {wanted.dtype} {list(wanted.shape)}"
             )
 
     def _check_entry(

@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r1mega.weights.fp8 import (
-    BLOCK,
-    dequantize,
-    quantize,
-    scale_name,
-    scale_region,
-    scale_shape,
-    weight_name,
-)
+from r1mega.weights.blocks import BLOCK, scale_region, scale_shape
+from r1mega.weights.fp8 import dequantize, quantize
 
 SIZES = st.integers(1, 300)
 
@@ -80,9 +73,3 @@ def test_what_is_not_finite_is_refused() -> None:
         weight[1, 0] = wrong
         with pytest.raises(ValueError, match="not finite"):
             quantize(weight)
-
-
-def test_names() -> None:
-    assert scale_name("a.weight") == "a.weight_scale_inv"
-    assert weight_name("a.weight_scale_inv") == "a.weight"
-    assert weight_name("a.weight") is None

@@ -67,7 +67,7 @@ class Site:
     """A place of the network that has all parameters of one scope, on some ranks of ``stage``.
 
     ``hf`` and ``megatron`` are what stands before a row's names there, ``suffix`` what stands
-    behind Megatron's. ``ep`` is the expert-parallel rank that holds an expert.
+    behind Megatron's. ``ep`` is the rank that holds an expert, as its ``local_expert``-th.
     """
 
     scope: Scope
@@ -77,6 +77,7 @@ class Site:
     megatron: str = ""
     suffix: str = ""
     ep: int | None = None
+    local_expert: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,38 +291,45 @@ def parameter_slices(
             cut.blocks,
             cut.target,
         )
-        for site in sites(model, layout, spec)
-        if site.stage == place["pp"] and site.ep in (None, place["ep"])
+        for site in sites(model, layout, spec, stage=place["pp"], ep=place["ep"])
         for row, cut in held[site.scope]
     ]
 
 
-def sites(model: schema.Model, layout: Layout, spec: Spec = Spec()) -> Iterator[Site]:
-    """All places of the network, in forward order."""
+def sites(
+    model: schema.Model,
+    layout: Layout,
+    spec: Spec = Spec(),
+    *,
+    stage: int | None = None,
+    ep: int | None = None,
+) -> Iterator[Site]:
+    """All places of the network, in forward order; those of one stage, and experts of one rank."""
     num_layers = model.num_hidden_layers
-    stages = layout.stage_layers(num_layers)
-    for chunk, stage in product(range(layout.vpp or 1), range(layout.pp)):
-        layers = stages[stage][chunk]
+    stage_layers = layout.stage_layers(num_layers)
+    stages = range(layout.pp) if stage is None else (stage,)
+    for chunk, at_stage in product(range(layout.vpp or 1), stages):
+        layers = stage_layers[at_stage][chunk]
         if is_first := layers.start == 0:
-            yield Site("first", stage, chunk)
+            yield Site("first", at_stage, chunk)
         for local_layer, layer in enumerate(layers):
-            at = Site("layer", stage, chunk, _layer(layer), f"decoder.layers.{local_layer}.")
-            yield from _layer_sites(model, layout, spec, layer, at)
+            at = Site("layer", at_stage, chunk, _layer(layer), f"decoder.layers.{local_layer}.")
+            yield from _layer_sites(model, layout, spec, layer, at, ep)
         if layers.stop != num_layers:
             continue
-        yield Site("last", stage, chunk)
+        yield Site("last", at_stage, chunk)
         if not is_first:
-            yield Site("copy", stage, chunk)
+            yield Site("copy", at_stage, chunk)
         for depth in range(model.num_nextn_predict_layers if spec.mtp else 0):
             layer = num_layers + depth
-            at = Site("mtp", stage, chunk, _layer(layer), f"mtp.layers.{depth}.")
+            at = Site("mtp", at_stage, chunk, _layer(layer), f"mtp.layers.{depth}.")
             yield at
             at = replace(at, megatron=at.megatron + "transformer_layer.")
-            yield from _layer_sites(model, layout, spec, layer, at)
+            yield from _layer_sites(model, layout, spec, layer, at, ep)
 
 
 def _layer_sites(
-    model: schema.Model, layout: Layout, spec: Spec, layer: int, at: Site
+    model: schema.Model, layout: Layout, spec: Spec, layer: int, at: Site, ep: int | None
 ) -> Iterator[Site]:
     """Those of one transformer layer, of which ``at`` has stage and prefixes."""
     yield replace(at, scope="layer")
@@ -330,13 +338,13 @@ def _layer_sites(
         return
     yield replace(at, scope="moe")
     num_experts = model.n_routed_experts // layout.ep
-    for expert in range(model.n_routed_experts):
-        ep, local_expert = divmod(expert, num_experts)
-        hf = f"{at.hf}mlp.experts.{expert}."
-        megatron, suffix = f"{at.megatron}mlp.experts.local_experts.{local_expert}.", ""
-        if spec.grouped_experts:
-            megatron, suffix = f"{at.megatron}mlp.experts.", str(local_expert)
-        yield Site("expert", at.stage, at.chunk, hf, megatron, suffix, ep)
+    for rank in range(layout.ep) if ep is None else (ep,):
+        for local_expert in range(num_experts):
+            hf = f"{at.hf}mlp.experts.{rank * num_experts + local_expert}."
+            megatron, suffix = f"{at.megatron}mlp.experts.local_experts.{local_expert}.", ""
+            if spec.grouped_experts:
+                megatron, suffix = f"{at.megatron}mlp.experts.", str(local_expert)
+            yield Site("expert", at.stage, at.chunk, hf, megatron, suffix, rank, local_expert)
 
 
 def cut_row(row: Row, sizes: dict[str, int], index: int, parts: int) -> Cut | None:

@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+SGLANG := .venv-sglang
 GPU_FREE_TESTS := $(wildcard tests/unit tests/distributed tests/cluster)
 
 # One thread per process: many processes share the cores, and two threads each are slower than one.
@@ -13,10 +14,10 @@ export OMP_NUM_THREADS ?= 1
 export TORCHDYNAMO_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help smoke test check bench soak
+.PHONY: help smoke test check bench soak sglang-env test-sglang
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this machine's CPUs; report.html
 	rm -rf runs/smoke runs/smoke_base
@@ -43,6 +44,11 @@ soak: $(READY)  ## sweeps of random layouts, then the smoke on three seeds in ru
 	  mkdir -p runs/soak; rm -rf runs/soak/seed_$$seed; mv runs/smoke runs/soak/seed_$$seed; \
 	done
 
+sglang-env: $(SGLANG)/.ready  ## SGLang 0.5.23 for CPUs in .venv-sglang (2.6 GB), where test-sglang finds it
+
+test-sglang: $(READY) $(SGLANG)/.ready  ## train with real SGLang servers on this machine's CPUs
+	$(BIN)/python -m pytest -m "not soak" tests/sglang
+
 # Made again whenever pyproject.toml changes. torch goes first and alone, so that the build of it that
 # pip finds here (CPU or CUDA) is the one that everything else is resolved against.
 $(READY): pyproject.toml
@@ -62,4 +68,10 @@ $(READY): pyproject.toml
 # What benchmarks compare with: over a gigabyte, most of it triton, that nothing else needs.
 $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --editable .[bench]
+	@touch $@
+
+$(SGLANG)/.ready: requirements/sglang_cpu.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet $(TORCH)
+	$(SGLANG)/bin/pip install --quiet --no-deps --requirement $<
 	@touch $@

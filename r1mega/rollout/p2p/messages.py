@@ -1,0 +1,128 @@
+"""What a point-to-point transfer puts on the wire: pieces packed into messages, in one order.
+
+Every sender has a queue of messages for every receiver, and describes it in a header beforehand. A
+receiver thus needs neither plan nor table of names. The n-th messages of all queues are exchanged
+before any (n+1)-th, in turns: in turn t, sender s and receiver (s + t) mod width. Hence
+
+- a turn pairs every rank with at most one other, so all ranks send or receive at once;
+- all ranks go through one global order of messages. Whoever keeps his first unfinished message
+  under way cannot be part of a deadlock, whatever the library underneath does in order.
+
+Standard library only: this also runs inside SGLang's processes.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+Region = tuple[tuple[int, int], ...]  # half-open (start, stop) per dimension
+T = TypeVar("T")
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+_ALIGNMENT = 16  # a piece in a message begins where any dtype can be read
+_FILL = 4  # a piece above 1 / _FILL of a bucket goes alone, so that it needs no packing
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of one of the receiver's tensors, row-major on the wire."""
+
+    tensor: str  # the receiver's name of it
+    region: Region
+    dtype: str  # on the wire, by torch's name
+
+    @property
+    def nbytes(self) -> int:
+        return prod(stop - start for start, stop in self.region) * ITEMSIZES[self.dtype]
+
+
+Message = tuple[Piece, ...]
+
+
+def spans(message: Message) -> list[tuple[int, int]]:
+    """The bytes (start, stop) of each piece in its message."""
+    found: list[tuple[int, int]] = []
+    stop = 0
+    for piece in message:
+        start = _aligned(stop)
+        stop = start + piece.nbytes
+        found.append((start, stop))
+    return found
+
+
+def size(message: Message) -> int:
+    """Bytes on the wire."""
+    return spans(message)[-1][1]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def split(region: Region, row_bytes: int, limit: int) -> Iterator[Region]:
+    """``region`` in runs of rows (dim 0) of at most ``limit`` bytes; a longer row stays whole."""
+    (first, last), rest = region[0], region[1:]
+    step = max(1, limit // row_bytes)
+    for start in range(first, last, step):
+        yield ((start, min(start + step, last)), *rest)
+
+
+def pack(items: Iterable[T], nbytes: Callable[[T], int], bucket_bytes: int) -> list[tuple[T, ...]]:
+    """Small ones together in buckets of at most ``bucket_bytes``, large ones alone."""
+    packed: list[tuple[T, ...]] = []
+    bucket: list[T] = []
+    filled = 0
+    for item in items:
+        needed = _aligned(nbytes(item))
+        if needed > bucket_bytes // _FILL:
+            packed.append((item,))
+            continue
+        if filled + needed > bucket_bytes:
+            packed.append(tuple(bucket))
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled += needed
+    return [*packed, tuple(bucket)] if bucket else packed
+
+
+def in_turn(queues: Mapping[int, Sequence[T]], turn: Callable[[int], int]) -> list[tuple[int, T]]:
+    """One rank's messages to, or from, all its peers in the global order: (peer, message).
+
+    ``turn(peer)`` is ``Turns.of`` this rank and the peer.
+    """
+    order = sorted(
+        (n, turn(peer), peer) for peer, queue in queues.items() for n in range(len(queue))
+    )
+    return [(peer, queues[peer][n]) for n, _, peer in order]
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Ranks of the group: first the senders, then the receivers."""
+
+    senders: int
+    world: int
+
+    def of(self, sender: int, receiver: int) -> int:
+        width = max(self.senders, self.world - self.senders)
+        return (receiver - self.senders - sender) % width
+
+
+def encode_header(queue: Sequence[Message]) -> bytes:
+    """A sender's queue for one receiver."""
+    return json.dumps(
+        [[[p.tensor, p.region, p.dtype] for p in message] for message in queue],
+        separators=(",", ":"),
+    ).encode()
+
+
+def decode_header(header: bytes) -> list[Message]:
+    return [
+        tuple(
+            Piece(tensor, tuple((start, stop) for start, stop in region), dtype)
+            for tensor, region, dtype in message
+        )
+        for message in json.loads(header)
+    ]

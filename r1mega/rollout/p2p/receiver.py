@@ -1,0 +1,231 @@
+"""The receiving rank of a transfer: any process that holds tensors by name.
+
+Joins the group it is invited to, learns from each sender's header what will come, writes it into
+its tensors and compares every digest. What does not fit, or is not what was sent, is received to
+the end and reported to learner rank 0, so that nobody waits; a lost peer ends it at once, and
+leaving the group tells all others. Memory: WINDOW messages that cannot be received in place.
+"""
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from r1mega.rollout.p2p.messages import (
+    Message,
+    Piece,
+    Turns,
+    decode_header,
+    in_turn,
+    size,
+    spans,
+)
+from r1mega.rollout.p2p.wire import WINDOW, PeerLost, Posted, Wire, as_bytes, digest, wire_device
+from r1mega.rollout.wire import join_group
+
+REPORT_BYTES = 1024
+GROUP_PREFIX = "r1mega-p2p-"
+
+
+class ReceiveFailed(Exception):
+    """One sentence; the tensors are half written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invitation:
+    """What a receiving rank has to know. The learner's ranks come first in the group."""
+
+    address: str
+    port: int
+    group: str
+    backend: str
+    world: int
+    learners: int
+    receiver: str  # its name in messages: engine-0 rank 3
+    rank: int  # of this receiver in the group
+    senders: tuple[int, ...]  # the learner ranks that have something for it
+    join_timeout_s: float
+    timeout_s: float
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> "Invitation":
+        fields = json.loads(text)
+        return cls(**{**fields, "senders": tuple(fields["senders"])})
+
+
+def receive(tensors: Mapping[str, Tensor], invitation: Invitation) -> None:
+    """Write what the senders have for this rank into ``tensors``.
+
+    Raises ReceiveFailed with a sentence; what did not break the group, learner rank 0 gets to know.
+    """
+    try:
+        wire = _join(invitation)
+        incoming = _Incoming(wire, invitation, tensors)
+        incoming.receive_all()
+        wire.send(_report(incoming.fault, wire.device), 0, "the report").wait()
+    except (PeerLost, RuntimeError, ValueError) as error:  # RuntimeError: a join's
+        leave(invitation.group)
+        raise ReceiveFailed(f"{invitation.receiver}: {error}") from error
+    if incoming.fault:
+        raise ReceiveFailed(f"{invitation.receiver}: {incoming.fault}")
+
+
+def leave(name: str) -> None:
+    """Close this process's connections of the group ``name``, if it is in it."""
+    for group in [group for group, held in c10d._world.pg_names.items() if held == name]:
+        dist.destroy_process_group(group)
+
+
+def read_report(report: Tensor) -> str:
+    """The fault that a receiver reported, or nothing."""
+    return bytes(report.tolist()).rstrip(b"\0").decode(errors="replace")
+
+
+def _report(fault: str, device: torch.device) -> Tensor:
+    text = fault.encode()[:REPORT_BYTES].ljust(REPORT_BYTES, b"\0")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+
+
+def _join(invitation: Invitation) -> Wire:
+    """The group of that name if this process is in it, or else a new one in place of older ones."""
+    held = {str(name): group for group, name in c10d._world.pg_names.items()}
+    group = held.get(invitation.group)
+    if group is None:
+        for name in [name for name in held if name.startswith(GROUP_PREFIX)]:
+            leave(name)
+        group = join_group(
+            address=invitation.address,
+            port=invitation.port,
+            rank=invitation.rank,
+            world_size=invitation.world,
+            name=invitation.group,
+            backend=invitation.backend,
+            join_timeout_s=invitation.join_timeout_s,
+            timeout_s=invitation.timeout_s,
+        )
+        dist.barrier(group)  # NCCL wants all ranks once before operations of a few of them
+    return Wire(group, wire_device(invitation.backend), lambda rank: f"learner rank {rank}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A message under way."""
+
+    posted: Posted
+    sender: int
+    message: Message
+    data: Tensor
+    in_place: bool  # data is the receiver's own tensor
+
+
+class _Incoming:
+    """One transfer. ``fault`` is the first thing that was wrong and broke nothing."""
+
+    def __init__(self, wire: Wire, invitation: Invitation, tensors: Mapping[str, Tensor]) -> None:
+        self.fault = ""
+        self._wire = wire
+        self._tensors = tensors
+        turns = Turns(invitation.learners, invitation.world)
+        self._turn = partial(turns.of, receiver=invitation.rank)
+        self._senders = sorted(invitation.senders, key=self._turn)
+        self._digests: dict[int, list[int]] = {sender: [] for sender in self._senders}
+
+    def receive_all(self) -> None:
+        queues = self._headers()
+        arriving = in_turn(queues, self._turn)
+        staged = [size(message) for _, message in arriving if self._in_place(message) is None]
+        staging = torch.empty(
+            WINDOW, max(staged, default=0), dtype=torch.uint8, device=self._wire.device
+        )
+        under_way: deque[_Arrival] = deque()
+        for number, (sender, message) in enumerate(arriving):
+            if len(under_way) == WINDOW:
+                self._take(under_way.popleft())
+            place = self._in_place(message)
+            data = staging[number % WINDOW, : size(message)] if place is None else place
+            posted = self._wire.receive(data, sender, message[0].tensor)
+            under_way.append(_Arrival(posted, sender, message, data, place is not None))
+        for arrival in under_way:
+            self._take(arrival)
+        self._compare_digests(queues)
+
+    def _headers(self) -> dict[int, list[Message]]:
+        """What each sender is going to send; every piece that does not fit here is a fault."""
+        lengths = self._from_each(dict.fromkeys(self._senders, 1), torch.int64, "a header's length")
+        sizes = {sender: int(length.item()) for sender, length in lengths.items()}
+        headers = self._from_each(sizes, torch.uint8, "a header")
+        queues = {s: decode_header(bytes(header.tolist())) for s, header in headers.items()}
+        for sender, queue in queues.items():
+            for piece in chain.from_iterable(queue):
+                if (misfit := self._misfit(piece)) is not None:
+                    self._note(f"learner rank {sender} sends what does not fit: {misfit}")
+        return queues
+
+    def _from_each(
+        self, counts: Mapping[int, int], dtype: torch.dtype, what: str
+    ) -> dict[int, Tensor]:
+        data = {s: torch.empty(counts[s], dtype=dtype, device=self._wire.device) for s in counts}
+        for posted in [self._wire.receive(data[sender], sender, what) for sender in data]:
+            posted.wait()
+        return data
+
+    def _misfit(self, piece: Piece) -> str | None:
+        tensor = self._tensors.get(piece.tensor)
+        if tensor is None:
+            return f"there is no tensor {piece.tensor!r} here"
+        inside = len(piece.region) == tensor.dim() and all(
+            0 <= start < stop <= rows
+            for (start, stop), rows in zip(piece.region, tensor.shape, strict=True)
+        )
+        return (
+            None
+            if inside
+            else f"{piece.tensor} has shape {list(tensor.shape)} here, no {piece.region}"
+        )
+
+    def _place(self, piece: Piece) -> Tensor:
+        return self._tensors[piece.tensor].detach()[
+            tuple(slice(start, stop) for start, stop in piece.region)
+        ]
+
+    def _in_place(self, message: Message) -> Tensor | None:
+        """The memory that a message can be received in: that of its only piece."""
+        (piece, *more) = message
+        if more or self.fault:
+            return None
+        place = self._place(piece)
+        fits = place.is_contiguous() and place.dtype == getattr(torch, piece.dtype)
+        return as_bytes(place) if fits and place.device.type == self._wire.device.type else None
+
+    def _take(self, arrival: "_Arrival") -> None:
+        """Finish a message: hash it as it came, and put it where it belongs."""
+        arrival.posted.wait()
+        for piece, (start, stop) in zip(arrival.message, spans(arrival.message), strict=True):
+            values = arrival.data[start:stop]
+            self._digests[arrival.sender].append(digest(values))
+            if not arrival.in_place and not self.fault:
+                place = self._place(piece)
+                place.copy_(values.view(getattr(torch, piece.dtype)).view(place.shape))
+
+    def _compare_digests(self, queues: Mapping[int, list[Message]]) -> None:
+        counts = {sender: len(found) for sender, found in self._digests.items()}
+        for sender, sent in self._from_each(counts, torch.int64, "the digests").items():
+            pieces = chain.from_iterable(queues[sender])
+            for piece, mine, his in zip(pieces, self._digests[sender], sent.tolist(), strict=True):
+                if mine != his:
+                    self._note(
+                        f"{piece.tensor} {piece.region} is not what learner rank {sender} sent"
+                    )
+
+    def _note(self, fault: str) -> None:
+        self.fault = self.fault or fault

@@ -1,0 +1,132 @@
+"""The sending rank of a transfer: its slices to all receivers that hold them.
+
+Packs small slices into messages and casts them on the way; a large slice that lies contiguous in
+its wire's dtype is sent from where it is. While a message is on the wire the next one is packed and
+the last one hashed. Memory: WINDOW messages.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from r1mega.rollout.p2p.messages import (
+    Piece,
+    Region,
+    Turns,
+    encode_header,
+    in_turn,
+    pack,
+    size,
+    spans,
+    split,
+)
+from r1mega.rollout.p2p.wire import WINDOW, Posted, Wire, as_bytes, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """``name[region]`` of the sender's, to be ``piece`` at the receiver."""
+
+    name: str
+    region: Region
+    piece: Piece
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.nbytes
+
+
+Parcel = tuple[Outgoing, ...]  # a message, as its sender sees it
+Read = Callable[[Outgoing], Tensor]  # the values, in any dtype
+
+
+def in_rows(item: Outgoing, limit: int) -> Iterable[Outgoing]:
+    """``item`` in pieces of at most ``limit`` bytes each, cut along dim 0 of the sender's tensor.
+
+    The receiver's tensor may have further dimensions in front, of size one.
+    """
+    lead = len(item.piece.region) - len(item.region)
+    rows = item.region[0][1] - item.region[0][0]
+    shift = item.piece.region[lead][0] - item.region[0][0]
+    for region in split(item.region, item.nbytes // rows, limit):
+        (start, stop), rest = region[0], item.piece.region[lead + 1 :]
+        there = (*item.piece.region[:lead], (start + shift, stop + shift), *rest)
+        yield Outgoing(item.name, region, Piece(item.piece.tensor, there, item.piece.dtype))
+
+
+def queue(items: Iterable[Outgoing], bucket_bytes: int) -> list[Parcel]:
+    """The messages to one receiver."""
+    pieces = chain.from_iterable(in_rows(item, bucket_bytes) for item in items)
+    return pack(pieces, lambda item: item.nbytes, bucket_bytes)
+
+
+def send_all(
+    wire: Wire, queues: Mapping[int, Sequence[Parcel]], read: Read, *, rank: int, turns: Turns
+) -> int:
+    """Send each receiver its queue; returns the bytes of weights. Raises PeerLost.
+
+    ``queues``: by rank of the receiver in the group, none of them empty.
+    """
+    turn = partial(turns.of, rank)
+    receivers = sorted(queues, key=turn)
+    headers = {r: encode_header([_message(parcel) for parcel in queues[r]]) for r in receivers}
+    _to_each(wire, {r: _numbers([len(headers[r])], wire) for r in receivers}, "a header's length")
+    _to_each(wire, {r: _as_tensor(headers[r], wire) for r in receivers}, "a header")
+    departing = in_turn(queues, turn)
+    room = max((size(_message(parcel)) for _, parcel in departing), default=0)
+    staging = torch.empty(WINDOW, room, dtype=torch.uint8, device=wire.device)
+    digests: dict[int, list[int]] = {receiver: [] for receiver in receivers}
+    under_way: deque[tuple[Posted, Tensor]] = deque()  # keeps what is sent alive
+    for number, (receiver, parcel) in enumerate(departing):
+        if len(under_way) == WINDOW:
+            under_way.popleft()[0].wait()
+        data = _assemble(parcel, read, staging[number % WINDOW])
+        under_way.append((wire.send(data, receiver, parcel[0].piece.tensor), data))
+        digests[receiver] += [digest(data[a:b]) for a, b in spans(_message(parcel))]
+    for posted, _ in under_way:
+        posted.wait()
+    _to_each(wire, {r: _numbers(digests[r], wire) for r in receivers}, "the digests")
+    return sum(item.nbytes for _, parcel in departing for item in parcel)
+
+
+def _message(parcel: Parcel) -> tuple[Piece, ...]:
+    return tuple(item.piece for item in parcel)
+
+
+def _assemble(parcel: Parcel, read: Read, staging: Tensor) -> Tensor:
+    """The bytes of a message: a lone tensor's own where that can be, else packed in ``staging``."""
+    first = read(parcel[0])
+    if len(parcel) == 1 and _is_ready(first, parcel[0].piece, staging.device):
+        return as_bytes(first)
+    message = _message(parcel)
+    for item, (start, stop) in zip(parcel, spans(message), strict=True):
+        dtype = getattr(torch, item.piece.dtype)
+        values = first if item is parcel[0] else read(item)
+        staging[start:stop].view(dtype).copy_(values.reshape(-1))
+    return staging[: size(message)]
+
+
+def _is_ready(values: Tensor, piece: Piece, device: torch.device) -> bool:
+    return (
+        values.is_contiguous()
+        and values.dtype == getattr(torch, piece.dtype)
+        and values.device.type == device.type
+    )
+
+
+def _to_each(wire: Wire, data: Mapping[int, Tensor], what: str) -> None:
+    for posted in [wire.send(tensor, receiver, what) for receiver, tensor in data.items()]:
+        posted.wait()
+
+
+def _numbers(values: Sequence[int], wire: Wire) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=wire.device)
+
+
+def _as_tensor(text: bytes, wire: Wire) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(wire.device)

@@ -1,0 +1,81 @@
+"""Bytes between the ranks of one group: posted, waited for, hashed; errors name the peer.
+
+Every operation is a batch of its own: NCCL then uses the group's one communicator instead of making
+one for every pair.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+WINDOW = 2  # messages under way at once: one on the wire while another is packed or unpacked
+
+
+class PeerLost(Exception):
+    """One sentence: who is gone or silent, and what was expected of him."""
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A transfer under way; its bytes are not to be touched before ``wait`` returns."""
+
+    work: dist.Work
+    description: str
+
+    def wait(self) -> None:
+        """Raises PeerLost when the peer is gone or the group's timeout is over."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:  # torch.distributed's, for both
+            raise PeerLost(f"{self.description}: {reason(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """One rank's end of the group; ``name_of`` says who another rank is."""
+
+    group: dist.ProcessGroup
+    device: torch.device  # of what the group carries
+    name_of: Callable[[int], str]
+
+    def send(self, data: Tensor, peer: int, what: str) -> Posted:
+        return self._post(dist.isend, data, peer, f"{what} did not get to {self.name_of(peer)}")
+
+    def receive(self, data: Tensor, peer: int, what: str) -> Posted:
+        return self._post(dist.irecv, data, peer, f"{what} did not come from {self.name_of(peer)}")
+
+    def _post(
+        self, way: Callable[..., object], data: Tensor, peer: int, description: str
+    ) -> Posted:
+        try:
+            operation = dist.P2POp(way, data, group=self.group, group_peer=peer)
+            (work,) = dist.batch_isend_irecv([operation])
+        except RuntimeError as error:
+            raise PeerLost(f"{description}: {reason(error)}") from error
+        return Posted(work, description)
+
+
+def wire_device(backend: str) -> torch.device:
+    """What a group of this backend carries; the calling process has chosen its GPU."""
+    return torch.device("cuda" if backend == "nccl" else "cpu")
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """A contiguous tensor's memory."""
+    return values.reshape(-1).view(torch.uint8)
+
+
+def digest(data: Tensor) -> int:
+    """XXH3 (64 bits) of bytes, as a signed number."""
+    value: int = xxhash.xxh3_64_intdigest(data.cpu().numpy().data)
+    return value - (1 << 64) if value >> 63 else value
+
+
+def reason(error: RuntimeError) -> str:
+    """Without the source line that gloo begins with and the advice that it ends with."""
+    return re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]

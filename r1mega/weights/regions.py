@@ -12,6 +12,7 @@ def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | 
     Inside, disjoint and of the tensor's volume is enough. Takes n log n for rectangles that are cut
     along the first dimension, n^2 at worst.
     """
+    total: int = prod(shape)
     volume = 0
     open_: list[Region] = []  # those that may reach beyond the start of the next
     for region in sorted(regions):
@@ -21,7 +22,7 @@ def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | 
         ):
             return f"the piece {_words(region)} lies outside its shape {list(shape)}"
         size = prod(stop - start for start, stop in region)
-        if size == 0 and prod(shape):
+        if size == 0 and total:
             return f"the piece {_words(region)} is empty"
         open_ = [other for other in open_ if other and other[0][1] > region[0][0]]
         if clash := next((other for other in open_ if _overlap(other, region)), None):
@@ -30,8 +31,8 @@ def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | 
             return "it is there twice"
         open_.append(region)
         volume += size
-    if volume != prod(shape):
-        return f"its pieces hold {volume} of its {prod(shape)} elements"
+    if volume != total:
+        return f"its pieces hold {volume} of its {total} elements"
     return None
 
 

@@ -141,7 +141,7 @@ class TorchDistFolder:
             with path.open("rb") as file:
                 if path.stat().st_size < chunk.offset + chunk.length:
                     raise TorchDistError(f"{path} ends early: copy it anew")
-                view = _create_file_view(file, chunk.offset, chunk.length)
+                view: Any = _create_file_view(file, chunk.offset, chunk.length)
                 return torch.load(view, map_location="cpu", weights_only=True)
         except TorchDistError:
             raise

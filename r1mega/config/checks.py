@@ -118,6 +118,8 @@ def _pipeline(num_layers: int, p: Parallel) -> Iterator[str]:
 
 
 def _source(stage: Stage, data: Data) -> Iterator[str]:
+    if stage.only != "all" and stage.kind != "rl":
+        yield f"stage.only={stage.only} halves a step of rl; {stage.kind} has no such step: use all"
     usable = _DOCUMENT_SOURCES if stage.kind == "sft" else _PROMPT_SOURCES
     if data.source not in usable:
         yield f"data.source={data.source} does not serve {stage.kind}; use {' or '.join(usable)}"

@@ -54,7 +54,7 @@ class Comparison:
         if self.first is not None:
             verdict = f"the first that differs is {self.first}, by {self.difference:.1e}"
         return (
-            f"{self.what:<17} {self.tensors:>4} tensors, largest difference {self.largest:.1e} "
+            f"{self.what:<17} {self.tensors:>4} tensor{'s'[: self.tensors != 1]}, largest difference {self.largest:.1e} "
             f"(allowed {self.allowed:.0e}): {verdict}"
         )
 

@@ -1,5 +1,6 @@
 """One way to read weights, whatever folder they are in: Hugging Face names, regions, few bytes."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from r1mega.config import schema
+from r1mega.model.hf_config import model_from_hf
+from r1mega.weights.checkpoint import COMPANIONS, STATE, read_state
 from r1mega.weights.names import Region
 from r1mega.weights.slices import SliceReader, StoredTensor
 from r1mega.weights.torch_dist import TorchDistReader
@@ -35,20 +38,43 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / METADATA).exists()
 
 
-@contextmanager
-def open_reader(folder: Path, network: schema.Model | None = None) -> Iterator[Reader]:
-    """Of a Hugging Face folder, a checkpoint of ours or a torch_dist folder, which holds
-    ``network``."""
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is not there"
-        raise ValueError(f"{folder} {what}: name a folder that holds weights")
-    if not is_torch_dist(folder):
-        with SliceReader(folder) as reader:
-            yield reader
-    elif network is None:
+def read_network(folder: Path, described_in: Path | None = None) -> schema.Model:
+    """The network that a folder of weights holds: a checkpoint's state.json, or a config.json, in
+    ``described_in`` where that is given. Raises ValueError."""
+    if described_in is None and (folder / STATE).exists():
+        return read_state(folder).model
+    path = (described_in or folder) / "config.json"
+    if not path.exists():
+        path = (described_in or folder) / COMPANIONS / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        if isinstance(ends := values["eos_token_id"], list):  # changes nothing of the weights
+            values["eos_token_id"] = ends[0]
+        return model_from_hf(values)
+    except OSError as error:
         raise ValueError(
-            f"{folder} is a torch_dist folder, which does not say what network it holds: name a "
-            "folder with its config.json by hf=FOLDER"
-        )
-    else:
+            f"{described_in or folder} has no readable config.json ({error.strerror}), which says "
+            "what network it holds: copy the folder as a whole, or name one that has it by hf="
+        ) from error
+    except (ValueError, KeyError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} does not describe a network: {error}") from error
+
+
+@contextmanager
+def open_reader(folder: Path, network: schema.Model) -> Iterator[Reader]:
+    """Of a Hugging Face folder, a checkpoint of ours or a torch_dist folder, of ``network``."""
+    if is_torch_dist(folder):
         yield TorchDistReader(folder, network)
+        return
+    with SliceReader(folder) as reader:
+        yield reader
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError with what is wrong with the path itself."""
+    try:
+        empty = not any(folder.iterdir())
+    except OSError as error:  # missing, a file, links that lead back to themselves, no permission
+        raise ValueError(f"{folder}: {error.strerror}; name a folder that holds weights") from error
+    if empty:
+        raise ValueError(f"{folder} is empty: name a folder that holds weights")

@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from operator import index
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape
 from r1mega.weights.names import Region
+from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import partition_fault
 from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile, extent, whole
 
 FORMAT = "r1mega-checkpoint-2"
@@ -131,6 +134,8 @@ class SliceReader:
     def file(self, name: str) -> TensorFile:
         """The open file ``name`` of the folder."""
         if name not in self._files:
+            if not _is_inside(name):
+                raise ValueError(f"{self.folder}: its index names {name!r}, which is not inside it")
             try:
                 handle = TensorFile.open(self.folder / name)
             except OSError as error:
@@ -177,6 +182,8 @@ class SliceReader:
             return read_checkpoint_index(self.folder)
         if (self.folder / HF_INDEX).exists():
             (weight_map,) = _read_json(self.folder / HF_INDEX, "weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{self.folder / HF_INDEX} has no map of names to files")
         elif (self.folder / HF_SINGLE).exists():
             weight_map = dict.fromkeys(self.file(HF_SINGLE).entries, HF_SINGLE)
         else:
@@ -196,22 +203,32 @@ class SliceReader:
 
 
 def read_checkpoint_index(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint of ours."""
+    """The tensors of a checkpoint of ours, each of them cut into disjoint pieces that are all of
+    it; raises ValueError naming the first that is not."""
     path = folder / CHECKPOINT_INDEX
     found, tensors = _read_json(path, "format", "tensors")
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, but this version reads {FORMAT!r} only")
-    return {
-        name: StoredTensor(
-            tuple(entry["shape"]),
-            tuple(
-                Piece(p["file"], p["key"], tuple((a, b) for a, b in p["region"]), p["digest"])
-                for p in entry["pieces"]
-            ),
-            entry["dtype"],
-        )
-        for name, entry in tensors.items()
-    }
+    try:
+        stored = {name: _stored_tensor(entry) for name, entry in tensors.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): copy it anew") from error
+    for name, tensor in stored.items():
+        if fault := partition_fault(tensor.shape, [piece.region for piece in tensor.pieces]):
+            raise ValueError(f"{path}: {name}: {fault}; copy the folder anew")
+    return stored
+
+
+def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
+    pieces = tuple(
+        Piece(p["file"], p["key"], tuple((int(a), int(b)) for a, b in p["region"]), p["digest"])
+        for p in entry["pieces"]
+    )
+    if bad := next((p.file for p in pieces if Path(p.file).name != p.file), None):
+        raise ValueError(f"the file {bad!r} is not in the folder")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"there is no dtype {entry['dtype']!r}")
+    return StoredTensor(tuple(map(int, entry["shape"])), pieces, entry["dtype"])
 
 
 def checkpoint_index(tensors: Mapping[str, StoredTensor]) -> str:
@@ -249,9 +266,17 @@ def indices(region: Region, outer: Region) -> tuple[slice, ...]:
     return tuple(slice(*span) for span in within(region, outer))
 
 
+def _is_inside(name: Any) -> bool:
+    """Is it a path that leads nowhere but down?"""
+    if not isinstance(name, str):
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def _read_json(path: Path, *keys: str) -> tuple[Any, ...]:
     try:
         values = json.loads(path.read_text())
         return tuple(values[key] for key in keys)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): copy it anew") from error

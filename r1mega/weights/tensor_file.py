@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -174,6 +175,26 @@ def plan(
     return header, entries
 
 
+def write_file(path: Path, header: bytes, body_B: Tensor) -> str:
+    """Write a whole file, to the disk; returns XXH3-128 of its bytes, as ``digest_file`` would.
+
+    ``header`` is ``plan``'s, and ``body_B`` holds the tensors' bytes one after the other.
+    """
+    state = xxhash.xxh3_128(header)
+    view = bytes_of(body_B)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        _write(descriptor, memoryview(header), 0)
+        for start in range(0, len(view), _DIGEST_CHUNK):
+            block = view[start : start + _DIGEST_CHUNK]
+            _write(descriptor, block, len(header) + start)
+            state.update(block)  # while it is in the processor's cache
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return state.hexdigest()
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """What ``path`` holds, by key; raises TensorFileError or OSError."""
     with TensorFile.open(path) as file:
@@ -222,8 +243,8 @@ def runs(shape: tuple[int, ...], region: Region) -> Iterator[tuple[int, int]]:
         return
     strides = [prod(shape[axis + 1 :]) for axis in range(inner)]
     (start, stop), stride = region[inner - 1], strides[inner - 1]
-    for index in product(*(range(*span) for span in region[: inner - 1])):
-        origin = sum(i * s for i, s in zip(index, strides, strict=False))
+    for place in product(*(range(*span) for span in region[: inner - 1])):
+        origin = sum(i * s for i, s in zip(place, strides, strict=False))
         yield origin + start * stride, (stop - start) * stride
 
 
@@ -234,7 +255,7 @@ def _read_header(path: Path, descriptor: int) -> dict[str, Entry]:
         raise _damaged(path, f"a header of {length} bytes in a file of {size}")
     try:
         entries = _entries(json.loads(os.pread(descriptor, length, 8)), 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read: {error}") from error
     end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
@@ -249,10 +270,10 @@ def _entries(header: dict[str, Any], position: int) -> dict[str, Entry]:
     entries = {}
     begin = position
     for start, stop, key, span in spans:
-        shape = tuple(int(size) for size in span["shape"])
+        shape = tuple(map(index, span["shape"]))
         if span["dtype"] not in DTYPES or min(shape, default=0) < 0:
             raise ValueError(f"{key} is {span['dtype']} {list(shape)}")
-        entry = Entry(span["dtype"], shape, begin + start)
+        entry = Entry(span["dtype"], shape, begin + index(start))
         if entry.start != position or entry.nbytes != stop - start:
             raise ValueError(f"{key} does not lie where it should")
         entries[key] = entry

@@ -82,10 +82,10 @@ def export(
     """
     if target.exists():
         raise ValueError(f"{target} is there already: name a new folder, or remove it")
+    planner = _Planner(reader, model, fused_norms, progress)
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    planner = _Planner(reader, model, fused_norms, progress)
     try:
         writer = FileSystemWriter(partial, thread_count=threads)
         save({}, storage_writer=writer, planner=planner, no_dist=True)

@@ -65,6 +65,7 @@ _UNREADABLE = (
     EOFError,
     ImportError,
     LookupError,
+    MemoryError,
     OSError,
     OverflowError,
     RuntimeError,
@@ -154,8 +155,11 @@ class TorchDistFolder:
         return f"{self.folder / chunk.file}: {key} at byte {chunk.offset}"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes torch's metadata records and refuses every other name."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Makes torch's metadata records and refuses every other name.
+
+    In Python: the one in C takes memory for as many objects as damaged bytes may announce.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _GLOBALS:

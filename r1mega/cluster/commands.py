@@ -3,11 +3,15 @@
 Another way to start a job (Slurm) runs the same commands; only who starts them differs.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1mega.cluster import secrets
 from r1mega.config.schema import Config
+from r1mega.rollout.p2p.invite import LOADER
+from r1mega.run.directory import RunDirectory
 
 
 def learner_argv(
@@ -43,12 +47,19 @@ def learner_environment(config: Config) -> dict[str, str]:
     return {**_devices(devices), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def engine_argv(config: Config, *, model_path: Path, port: int) -> list[str]:
-    """One engine. It starts with random weights: the learner publishes before the first request."""
+def engine_argv(
+    config: Config, directory: RunDirectory, *, port: int, has_key: bool = False
+) -> list[str]:
+    """One engine. It starts with random weights: the learner publishes before the first request.
+
+    ``has_key``: it asks for a key, which SGLang reads in ``directory.secrets``.
+    """
     rollout = config.rollout
     common = [
         "--model-path",
-        str(model_path.resolve()),  # the router reads the tokenizer there, from wherever it runs
+        str(
+            directory.engine_model.resolve()
+        ),  # the router reads the tokenizer there, from wherever it runs
         "--host",
         config.cluster.host,
         "--port",
@@ -66,18 +77,25 @@ def engine_argv(config: Config, *, model_path: Path, port: int) -> list[str]:
         timeout = ["--dist-timeout", str(config.cluster.collective_timeout_s)]
         return [sys.executable, "-m", "r1mega.rollout.engine", *common, *timeout]
     device = _sglang_cpu(config) if config.cluster.backend == "cpu" else _sglang_cuda(config)
+    key = secrets.arguments(directory.secrets) if has_key else []
     launch = [rollout.sglang_python, "-m", "sglang.launch_server"]
-    return [*launch, *common, *device, *rollout.sglang_args]
+    loader = ["--custom-weight-loader", LOADER]
+    return [*launch, *common, *device, *loader, *key, *rollout.sglang_args]
 
 
-def engine_environment(config: Config, index: int) -> dict[str, str]:
+def engine_environment(
+    config: Config, directory: RunDirectory, index: int, *, has_key: bool = False
+) -> dict[str, str]:
     """Engines take the GPUs after the learner's, ``gpus_per_engine`` each."""
+    sglang: dict[str, str] = {}
+    if config.rollout.engine == "sglang":
+        key = secrets.environment(directory.secrets) if has_key else {}
+        sglang = {**key, **_sglang_environment(config, directory.engine_packages)}
     if config.cluster.backend == "cpu":
-        sglang = {"SGLANG_USE_CPU_ENGINE": "1"} if config.rollout.engine == "sglang" else {}
         return {**_CPU, **_interface(config.cluster.host), **sglang}
     size = config.cluster.gpus_per_engine
     first = config.cluster.learner_processes_per_node + index * size
-    return {**_devices(range(first, first + size)), "PYTHONUNBUFFERED": "1"}
+    return {**_devices(range(first, first + size)), "PYTHONUNBUFFERED": "1", **sglang}
 
 
 # One thread per process: on shared cores a second one costs more than it brings.
@@ -99,6 +117,14 @@ def _devices(devices: range) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)}
 
 
+def _sglang_environment(config: Config, packages: Path) -> dict[str, str]:
+    """Not our own PYTHONPATH, which may lead to other packages than SGLang's."""
+    given = config.rollout.sglang_env
+    paths = [str(packages.resolve()), *filter(None, [given.get("PYTHONPATH")])]
+    cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if config.cluster.backend == "cpu" else {}
+    return {**cpu, **given, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _sglang_cpu(config: Config) -> list[str]:
     tokens = config.rollout.context_tokens * config.rollout.max_running_requests
     return [
@@ -117,7 +143,13 @@ def _sglang_cpu(config: Config) -> list[str]:
 
 
 def _sglang_cuda(config: Config) -> list[str]:
-    return ["--tp-size", str(config.cluster.gpus_per_engine), "--dtype", engine_dtype(config)]
+    return [
+        "--tp-size",
+        str(config.cluster.gpus_per_engine),
+        "--dtype",
+        engine_dtype(config),
+        "--disable-shared-experts-fusion",  # it would rename and move them: weights.engine_names
+    ]
 
 
 def engine_dtype(config: Config) -> str:

@@ -7,6 +7,7 @@ was started stays behind. One launcher at a time works on a run directory.
 import fcntl
 import json
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -14,15 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from r1mega.cluster import commands
+from r1mega.cluster import commands, secrets
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
 from r1mega.cluster.errors import JobFailed, learner_failure, note_on_space
-from r1mega.cluster.preflight import check_inputs, check_machines, check_packages
+from r1mega.cluster.preflight import check_inputs, check_key, check_machines, check_packages
 from r1mega.config.load import dump
 from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
 from r1mega.model.hf_config import hf_config
+from r1mega.rollout import control
+from r1mega.rollout.p2p.invite import loader_path
 from r1mega.rollout.router import RouterClient, router_argv, write_router
 from r1mega.run.directory import RunDirectory
 from r1mega.system import files, processes
@@ -41,6 +44,8 @@ def run(verb: str, config: Config, layers: Sequence[str]) -> int:
     try:
         check_machines(config.cluster)
         check_packages(config.learner)
+        if needs_engines(config):
+            check_key(config.cluster.host)
         check_inputs(config)
         directory = _open_directory(config)
         with _locked(directory), _signals_end_us():
@@ -63,6 +68,7 @@ class _Job:
         self._config = config
         self._layers = layers
         self._directory = directory
+        self._api_key = control.api_key()
         self._router: Process | None = None
         self._engines: Engines | None = None
         self._learner: Process | None = None
@@ -95,6 +101,10 @@ class _Job:
         save_tokenizer(self._config.model.tokenizer, model_path)
         values = hf_config(self._config.model, dtype=commands.engine_dtype(self._config))
         files.write_atomically(model_path / "config.json", json.dumps(values, indent=2) + "\n")
+        if self._config.rollout.engine == "sglang":
+            loader_path(self._directory.engine_packages)
+            if self._api_key is not None:
+                secrets.write(self._directory.secrets, self._api_key)
 
     def _start_router(self) -> Process:
         cluster, rollout = self._config.cluster, self._config.rollout
@@ -124,12 +134,12 @@ class _Job:
         )
 
     def _start_engine(self, index: int, port: int) -> Process:
-        model_path = self._directory.engine_model
+        has_key = self._api_key is not None
         return processes.start(
-            commands.engine_argv(self._config, model_path=model_path, port=port),
+            commands.engine_argv(self._config, self._directory, port=port, has_key=has_key),
             name=f"engine-{index}",
             log=self._directory.logs / f"engine-{index}.log",
-            env=commands.engine_environment(self._config, index),
+            env=commands.engine_environment(self._config, self._directory, index, has_key=has_key),
         )
 
     def _start_learner(self) -> Process:
@@ -169,6 +179,7 @@ class _Job:
         processes.end(servers, grace_s=_SERVER_GRACE_S)
         for entry in self._directory.fleet.glob("*.json"):
             entry.unlink()
+        shutil.rmtree(self._directory.secrets, ignore_errors=True)
 
 
 def needs_engines(config: Config) -> bool:

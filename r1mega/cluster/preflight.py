@@ -11,6 +11,7 @@ from r1mega.data.documents import load_documents
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.records import Sequence
+from r1mega.rollout import control
 from r1mega.rollout.replay import rollout_numbers
 from r1mega.system import processes
 from r1mega.weights.names import Spec
@@ -83,6 +84,16 @@ def check_machines(cluster: Cluster) -> None:
         raise JobFailed(
             f"cluster.master_port and cluster.router_port are both {cluster.master_port}: choose "
             "two ports, or 0 for a free one"
+        )
+
+
+def check_key(host: str) -> None:
+    """Raises JobFailed when engines would take requests and weights from everyone who asks."""
+    if control.api_key() is None and not processes.is_loopback(host):
+        raise JobFailed(
+            f"cluster.host={host} can be reached from other machines, and engines do what they are "
+            f"asked: set the environment variable {control.API_KEY} to a secret on every node, for "
+            f"example export {control.API_KEY}=$(openssl rand -hex 32)"
         )
 
 

@@ -201,6 +201,11 @@ def _cluster(config: Config) -> Iterator[str]:
             f"cluster.host={cluster.host} cannot be reached from the other "
             f"{derived.num_nodes(cluster) - 1} nodes; name an address of the cluster's network"
         )
+    if cluster.host in ("0.0.0.0", "::"):
+        yield (
+            f"cluster.host={cluster.host} is no address that others can call: name this machine's "
+            "own in the cluster's network"
+        )
     if cluster.backend == "cuda":
         yield from _gpus(config)
     elif cluster.gpus_per_engine:

@@ -199,6 +199,8 @@ class Rollout:
     """Interpreter of the environment in which SGLang is installed (requirements/sglang.txt)."""
     sglang_args: list[str] = field(default_factory=list)
     """Further arguments of sglang.launch_server, as written on its command line."""
+    sglang_env: dict[str, str] = field(default_factory=dict)
+    """Further environment variables of SGLang servers."""
     replay: str | None = None
     """Folder of kept rollouts: train on them, start no engine."""
 

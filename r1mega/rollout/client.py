@@ -18,6 +18,7 @@ from r1mega.records import (
     Sampling,
     VersionRange,
 )
+from r1mega.rollout import control
 from r1mega.rollout.routed_experts import read_routed_experts
 from r1mega.rollout.router import ROUTING_KEY
 
@@ -42,7 +43,9 @@ async def generate(
     routing_key: str | None = None,
 ) -> Sample:
     """Draw ``request`` from the engine or router at ``url``."""
-    headers = {} if routing_key is None else {ROUTING_KEY: routing_key}
+    headers = control.authorization()
+    if routing_key is not None:
+        headers[ROUTING_KEY] = routing_key
     body = generate_body(request, sampling)
     try:
         async with session.post(f"{url}/generate", json=body, headers=headers) as response:

@@ -5,11 +5,26 @@ Control calls go to each engine itself; the router only forwards /generate.
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+API_KEY = "R1MEGA_API_KEY"  # the environment variable; launcher, learner, engines, router share it
+
+
+def api_key() -> str | None:
+    """The secret that engines and router ask for, if there is one; never an argument or a setting,
+    which logs and process lists show."""
+    return os.environ.get(API_KEY) or None
+
+
+def authorization() -> dict[str, str]:
+    """The header of every request to engines and router."""
+    key = api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 class CallFailed(Exception):
@@ -66,6 +81,8 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def _call(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
     url = request.full_url
+    for name, value in authorization().items():
+        request.add_header(name, value)
     try:
         with _OPENER.open(request, timeout=timeout_s) as response:
             content = response.read()

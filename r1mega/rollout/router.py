@@ -48,7 +48,7 @@ def router_argv(host: str, port: int, *, metrics_port: int, request_timeout_s: f
         "shutdown-grace-period-secs": 1,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "sglang_router.launch_router", *flags]
+    return [sys.executable, "-m", "r1mega.rollout.router_main", *flags]
 
 
 def write_router(folder: Path, url: str, pid: int) -> None:
@@ -86,7 +86,9 @@ class RouterClient:
 
     def _add(self, url: str) -> None:
         # the engines' health is the fleet's business: it adds none that does not answer
-        control.post(f"{self.url}/workers", {"url": url}, timeout_s=_CALL_TIMEOUT_S)
+        key = control.api_key()  # with which the router asks it for its health and model
+        worker = {"url": url} if key is None else {"url": url, "api_key": key}
+        control.post(f"{self.url}/workers", worker, timeout_s=_CALL_TIMEOUT_S)
 
     def _remove(self, worker_id: str) -> None:
         control.delete(f"{self.url}/workers/{quote(worker_id)}", timeout_s=_CALL_TIMEOUT_S)

@@ -69,6 +69,21 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def engine_weights(self) -> Path:
+        """Folders of weights on their way to the engines (``rollout.sync=disk``)."""
+        return self.path / "engine_weights"
+
+    @property
     def engine_model(self) -> Path:
         """config.json and tokenizer that the engines start from."""
         return self.path / "engine_model"
+
+    @property
+    def engine_packages(self) -> Path:
+        """What engines of another environment import of ours."""
+        return self.path / "engine_packages"
+
+    @property
+    def secrets(self) -> Path:
+        """There while engines that ask for a key run; nobody else may read it."""
+        return self.path / "secrets"

@@ -4,6 +4,7 @@ Every process runs under a keeper (``keeper.py``) in a session of its own: whate
 with it, and all of it ends when we do, also when we are killed with SIGKILL.
 """
 
+import ipaddress
 import os
 import random
 import shutil
@@ -144,6 +145,16 @@ def free_port(host: str = "127.0.0.1") -> int:
         if port_is_free(host, port):
             return port
     raise OSError(f"{host} has no free port among 100 tried in {_SERVER_PORTS}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -5,7 +5,6 @@ Flags are named as those of ``sglang.launch_server``.
 
 import argparse
 import asyncio
-import ipaddress
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 
 from r1mega.config import network
 from r1mega.model.hf_config import model_from_hf
+from r1mega.rollout import control
 from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.engine import Engine
 from r1mega.rollout.engine.messages import Limits
@@ -29,6 +29,7 @@ from r1mega.rollout.engine.scheduler import Scheduler
 from r1mega.rollout.engine.server import Identity, Routes, application
 from r1mega.rollout.engine.updates import WeightUpdater
 from r1mega.rollout.engine.weights import allocate, fill_random, load_folder
+from r1mega.system import processes
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +51,23 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--enable-return-routed-experts", action="store_true", help="to requests that ask for them")
     add("--weight-version", default="default")
     add("--served-model-name")
-    add("--api-key")
+    add("--api-key", default=control.api_key(), help=f"default: the variable {control.API_KEY}")
     add("--dist-timeout", type=float, default=120.0, help="seconds to wait for the trainer")
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    if args.api_key is None and not _is_loopback(args.host):
-        raise ValueError(f"--host {args.host} is reachable from outside: give an --api-key as well")
+    if args.api_key is None and not processes.is_loopback(args.host):
+        raise ValueError(
+            f"--host {args.host} is reachable from outside: give an --api-key as well, or set "
+            f"{control.API_KEY}"
+        )
     if not (args.model_path / "config.json").is_file():
         raise ValueError(f"{args.model_path} has no config.json: give a Hugging Face model folder")
     for name in ("max_running_requests", "context_length", "chunked_prefill_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _build(args: argparse.Namespace, on_death: Callable[[], object]) -> Routes:

@@ -2,8 +2,9 @@
 
 SGLang's CPU engine wants a build of sgl_kernel that is not on PyPI. Its plain PyTorch paths do
 without, but for a few names that they need or that are wrong there. Each is replaced after its
-module was imported (``_PATCHES``: where, and below: why, and what happens without); no file of SGLang
-is touched. A name or module that is gone, or another version, ends the server with a sentence.
+module was imported (``_PATCHES`` says where, the functions why, and what happens without); no file
+of SGLang is touched. A name or module that is gone, or another version, ends the server with a
+sentence.
 """
 
 import sys
@@ -50,7 +51,8 @@ def _use_no_amx(module: ModuleType) -> None:
 
 
 def _hash_in_torch(module: ModuleType) -> None:
-    """Seeded sampling hashes (seed, position, token) by a kernel of sgl_kernel. Without: no seeds."""
+    """Seeded sampling hashes (seed, position, token) by a kernel of sgl_kernel.
+    Without: no seeds."""
     _require(module, "murmur_hash32")
     module.murmur_hash32 = _murmur_hash32
 
@@ -167,11 +169,12 @@ class _PatchingLoader(SourceFileLoader):
 
 
 def _check_installed() -> None:
-    """The version, and that every module to be patched is there: it may be imported late or never."""
+    """The version, and every module to be patched: one that is gone would never be imported."""
     if (found := version("sglang")) != _VERSION:
         raise RuntimeError(f"{__file__} is written for SGLang {_VERSION}, this is {found}")
     spec = PathFinder.find_spec("sglang")
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise RuntimeError("sglang has metadata, but is no package")
     root = Path(spec.origin).parents[1]
     for name in _PATCHES:
         if not root.joinpath(*name.split(".")).with_suffix(".py").is_file():
@@ -184,8 +187,8 @@ def _check_installed() -> None:
 
 # --- Packages that cannot be had -----------------------------------------------------------------
 
-# sgl_kernel: CUDA only. torchvision: PyPI's is built against torch for CUDA; SGLang imports names of
-# it for image models.
+# sgl_kernel: CUDA only. torchvision: PyPI's is built against torch for CUDA; SGLang imports names
+# of it for image models.
 _STUBS = {"sgl_kernel", "torchvision"}
 
 

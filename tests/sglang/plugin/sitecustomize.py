@@ -1,5 +1,5 @@
-"""Python runs this at its start wherever this folder is in PYTHONPATH: in the servers of our tests and
-every process that they start, nowhere else.
+"""Python runs this at its start where this folder is in PYTHONPATH: in the servers of our tests and
+in every process that they start, nowhere else.
 """
 
 import sglang_on_cpu

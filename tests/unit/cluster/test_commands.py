@@ -1,16 +1,21 @@
 """Command lines and environments of a job's processes."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from r1mega.cluster import commands
+from r1mega.cluster import commands, secrets
 from r1mega.cluster.errors import FailedRank, failed_rank
 from r1mega.cluster.job import needs_engines
 from r1mega.config import Algorithm, Cluster, Config, Rollout, load
+from r1mega.run.directory import RunDirectory
+
+RUN = RunDirectory(Path("/runs/x"))
 
 
 def options(argv: list[str]) -> dict[str, str]:
@@ -19,14 +24,14 @@ def options(argv: list[str]) -> dict[str, str]:
 
 def test_embedded_engine() -> None:
     config = Config(rollout=Rollout(context_tokens=128, max_running_requests=3))
-    argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+    argv = commands.engine_argv(config, RUN, port=123)
     assert argv[:3] == [sys.executable, "-m", "r1mega.rollout.engine"]
     given = options(argv)
-    assert given["--model-path"] == "/m"
+    assert given["--model-path"] == "/runs/x/engine_model"
     assert (given["--host"], given["--port"]) == ("127.0.0.1", "123")
     assert given["--load-format"] == "dummy"
     assert (given["--max-running-requests"], given["--context-length"]) == ("3", "128")
-    environment = commands.engine_environment(config, 1)
+    environment = commands.engine_environment(config, RUN, 1)
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["TORCHDYNAMO_DISABLE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in environment
@@ -38,12 +43,12 @@ def test_engines_record_experts_where_they_are_replayed() -> None:
             config = Config(
                 rollout=Rollout(engine=engine), algorithm=Algorithm(replay_routing=replay)
             )
-            argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+            argv = commands.engine_argv(config, RUN, port=123)
             assert ("--enable-return-routed-experts" in argv) is replay
 
 
 def test_engine_model_path_is_absolute() -> None:
-    argv = commands.engine_argv(Config(), model_path=Path("runs/x/engine_model"), port=1)
+    argv = commands.engine_argv(Config(), RunDirectory(Path("runs/x")), port=1)
     assert options(argv)["--model-path"] == str(Path.cwd() / "runs/x/engine_model")
 
 
@@ -56,14 +61,34 @@ def test_sglang_on_cpu() -> None:
         max_running_requests=5,
     )
     config = Config(rollout=rollout)
-    argv = commands.engine_argv(config, model_path=Path("/m"), port=123)
+    argv = commands.engine_argv(config, RUN, port=123)
     assert argv[:3] == ["/sgl/bin/python", "-m", "sglang.launch_server"]
     assert argv[-2:] == ["--log-level", "warning"]
+    assert "--config" not in argv
     given = options(argv)
     assert (given["--device"], given["--attention-backend"]) == ("cpu", "torch_native")
     assert given["--max-total-tokens"] == "500"
     assert {"--sleep-on-idle", "--disable-overlap-schedule"} <= set(argv)
-    assert commands.engine_environment(config, 0)["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert commands.engine_environment(config, RUN, 0)["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_sglang_has_its_packages_its_environment_and_its_key_from_files(tmp_path: Path) -> None:
+    """Neither command line nor environment shows the key; only its owner reads the file."""
+    run = RunDirectory(tmp_path)
+    secrets.write(run.secrets, key := "s3cret: #")
+    rollout = Rollout(engine="sglang", sglang_env={"PYTHONPATH": "/mine", "NCCL_DEBUG": "INFO"})
+    config = Config(rollout=rollout)
+    argv = commands.engine_argv(config, run, port=123, has_key=True)
+    environment = commands.engine_environment(config, run, 0, has_key=True)
+    assert environment["PYTHONPATH"] == f"{run.engine_packages}:/mine"
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert key not in str(argv) + str(environment)
+    file = Path(options(argv)["--config"])
+    assert yaml.safe_load(file.read_text()) == {"api-key": key}
+    assert file.suffix == ".yaml"
+    assert file.stat().st_mode & 0o077 == file.parent.stat().st_mode & 0o077 == 0
+    logging = json.loads(Path(environment["SGLANG_LOGGING_CONFIG_PATH"]).read_text())
+    assert logging["loggers"]["sglang.srt.entrypoints.engine"]["level"] == "WARNING"
 
 
 def test_sglang_on_cuda_takes_the_gpus_after_the_learners() -> None:
@@ -71,12 +96,12 @@ def test_sglang_on_cuda_takes_the_gpus_after_the_learners() -> None:
         rollout=Rollout(engine="sglang", engines=2),
         cluster=Cluster(backend="cuda", learner_processes_per_node=4, gpus_per_engine=2),
     )
-    given = options(commands.engine_argv(config, model_path=Path("/m"), port=123))
+    given = options(commands.engine_argv(config, RUN, port=123))
     assert (given["--tp-size"], given["--dtype"]) == ("2", "bfloat16")
     assert "--device" not in given
     assert commands.learner_environment(config)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-    assert commands.engine_environment(config, 0)["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert commands.engine_environment(config, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert commands.engine_environment(config, RUN, 0)["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert commands.engine_environment(config, RUN, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_learner_is_understood_by_torch_distributed_run() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.cluster.errors import JobFailed
-from r1mega.cluster.preflight import check_inputs, check_machines, check_packages
+from r1mega.cluster.preflight import check_inputs, check_key, check_machines, check_packages
 from r1mega.config import Cluster, Config, Learner, load
 
 NEEDS = {
@@ -79,3 +79,12 @@ def test_a_document_longer_than_what_must_hold_it_is_named(
     check_inputs(load([*layers, f"{key}=24"]))
     with pytest.raises(JobFailed, match=rf"jsonl:2 has 24 tokens, which exceeds {key}={limit}"):
         check_inputs(load([*layers, f"{key}={limit}"]))
+
+
+def test_servers_that_others_reach_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("R1MEGA_API_KEY", raising=False)
+    check_key("127.0.0.1")
+    with pytest.raises(JobFailed, match="set the environment variable R1MEGA_API_KEY"):
+        check_key("10.0.0.1")
+    monkeypatch.setenv("R1MEGA_API_KEY", "s3cret")
+    check_key("10.0.0.1")

@@ -248,6 +248,7 @@ SINGLE = {
     ),
     "rewards.accuracy=0 rewards.format=0": "rewards.accuracy=0 and rewards.format=0 leave",
     "cluster.learner_nodes=2": "cluster.host=127.0.0.1 cannot be reached from the other 1 nodes",
+    "cluster.host=0.0.0.0": "cluster.host=0.0.0.0 is no address that others can call",
     "cluster.gpus_per_engine=1": "cluster.gpus_per_engine=1 needs cluster.backend=cuda",
     "CUDA": "rollout.engine=sglang on cuda needs cluster.gpus_per_engine of at least 1, got 0",
     "CUDA stage.kind=sft cluster.learner_processes_per_node=9": (

@@ -22,7 +22,6 @@ from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape
 from r1mega.weights.names import Region
 from r1mega.weights.regions import partition_fault
-from r1mega.weights.regions import partition_fault
 from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile, extent, whole
 
 FORMAT = "r1mega-checkpoint-2"
@@ -221,14 +220,12 @@ def read_checkpoint_index(folder: Path) -> dict[str, StoredTensor]:
 
 def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
     pieces = tuple(
-        Piece(p["file"], p["key"], tuple((int(a), int(b)) for a, b in p["region"]), p["digest"])
+        Piece(p["file"], p["key"], tuple((index(a), index(b)) for a, b in p["region"]), p["digest"])
         for p in entry["pieces"]
     )
-    if bad := next((p.file for p in pieces if Path(p.file).name != p.file), None):
-        raise ValueError(f"the file {bad!r} is not in the folder")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"there is no dtype {entry['dtype']!r}")
-    return StoredTensor(tuple(map(int, entry["shape"])), pieces, entry["dtype"])
+    return StoredTensor(tuple(map(index, entry["shape"])), pieces, entry["dtype"])
 
 
 def checkpoint_index(tensors: Mapping[str, StoredTensor]) -> str:

@@ -6,20 +6,20 @@ from typing import Any
 
 from r1mega.cluster.errors import JobFailed
 from r1mega.config import ConfigError, load
-from r1mega.config.derived import world_size
+from r1mega.config.derived import mtp_mode
 from r1mega.config.schema import Config
-from r1mega.parallel.layout import Layout
 from r1mega.run.directory import RunDirectory
 from r1mega.weights import checkpoint
-from r1mega.weights.checkpoint import CheckpointError
+from r1mega.weights.manifest import CheckpointError
+from r1mega.weights.names import Spec
 
 
 def nothing_to_do(config: Config, directory: RunDirectory) -> str | None:
     """The sentence for a run that has its steps already; ``JobFailed`` when it cannot go on.
 
-    Only manifests and states are read here; the ranks check the bytes before they continue.
+    Only manifests and states are read here; the ranks check all bytes before they continue.
     """
-    folder = checkpoint.newest_committed(directory.checkpoints)
+    folder, _ = checkpoint.newest(directory.checkpoints, checkpoint.verify_state)
     if not config.run.resume:
         if folder is not None or directory.metrics.exists():
             raise JobFailed(
@@ -29,12 +29,13 @@ def nothing_to_do(config: Config, directory: RunDirectory) -> str | None:
         return None
     if folder is None:
         return None
-    layout = Layout(world=world_size(config.cluster), **asdict(config.parallel))
     try:
-        checkpoint.check_resumable(folder, config.model, layout)
-        step = checkpoint.read_progress(folder).step
+        state = checkpoint.read_state(folder)
+        spec = Spec(mtp=mtp_mode(config.learner, config.stage) != "none")
+        checkpoint.check_resumable(folder, state, config.model, spec)
     except CheckpointError as error:
         raise JobFailed(str(error)) from error
+    step = state.progress.step
     if step < config.stage.steps:
         return None
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1mega.config import schema
 from r1mega.model.hf_config import hf_config, model_from_hf
-from r1mega.weights import checkpoint
+from r1mega.weights.checkpoint import read_state
 from r1mega.weights.inventory import take_inventory
 from r1mega.weights.names import Spec, hf_shapes
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader
@@ -50,7 +50,7 @@ def check_weights(folder: Path, model: schema.Model, spec: Spec) -> None:
 
 def _stored_network(folder: Path, model: schema.Model) -> schema.Model:
     if (folder / CHECKPOINT_INDEX).exists():
-        return checkpoint.read_network(folder)
+        return read_state(folder).model
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text())

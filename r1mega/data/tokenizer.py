@@ -16,6 +16,16 @@ from tokenizers import Tokenizer as FastTokenizer
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
 TAGS = ("<unk>", "<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("User", "Assistant")
+FILES = (  # of a tokenizer, in a Hugging Face folder
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 CHARACTERS = string.digits + string.ascii_lowercase + " \n+-*/=()<>.,:?!'%"
 
 
@@ -86,16 +96,30 @@ def arithmetic_tokenizer() -> FileTokenizer:
 
 def save_tokenizer(name: str, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, as transformers and SGLang load them."""
-    tokenizer = load_tokenizer(name)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.fast.save(str(folder / "tokenizer.json"))
+    for file, content in _fast_files(load_tokenizer(name)).items():
+        (folder / file).write_bytes(content)
+
+
+def tokenizer_files(name: str) -> dict[str, bytes]:
+    """What a Hugging Face folder has of a tokenizer, by file name; a folder's own are kept."""
+    if name == "arithmetic":
+        return _fast_files(arithmetic_tokenizer())
+    folder = _deepseek_folder() if name == "deepseek" else Path(name)
+    return {file: (folder / file).read_bytes() for file in FILES if (folder / file).is_file()}
+
+
+def _fast_files(tokenizer: FileTokenizer) -> dict[str, bytes]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return {
+        "tokenizer.json": tokenizer.fast.to_str(pretty=True).encode(),
+        "tokenizer_config.json": f"{json.dumps(settings, indent=2)}\n".encode(),
+    }
 
 
 def _deepseek_folder() -> Path:

@@ -1,6 +1,6 @@
 """Megatron's distributed optimizer: how it is built, stepped, and what of it a checkpoint keeps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.learner.pipeline import sum_gradients
+from r1mega.weights.flat_ranges import Parameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,7 +91,7 @@ def apply_gradients(optimizer: Any, *, lr: float, weight_decay: float) -> float:
 
 
 def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> dict[str, Tensor]:
-    """This rank's ungathered part: per parameter its flat range, fp32 weights and moments.
+    """This rank's ungathered part, live: per parameter its flat range, fp32 weights and moments.
 
     Keys are ``<chunk>/<parameter>/<exp_avg | exp_avg_sq | param | step | range>``; ``param`` of the
     precision-aware optimizer is what the bf16 weights lack of fp32.
@@ -100,39 +101,43 @@ def optimizer_state(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -
         if not owned.moments:
             continue  # before the first update there is nothing to keep
         step = owned.counter["step"]
-        state[f"{owned.key}/range"] = torch.tensor(owned.span)
-        state[f"{owned.key}/param"] = owned.master.detach().clone()
-        state[f"{owned.key}/step"] = torch.as_tensor(step, dtype=torch.float32).reshape(1)
+        key = f"{owned.chunk}/{owned.name}"
+        state[f"{key}/range"] = torch.tensor(owned.span)
+        state[f"{key}/param"] = owned.master.detach()
+        state[f"{key}/step"] = torch.as_tensor(step, dtype=torch.float32).reshape(1)
         for name in MOMENTS:
-            state[f"{owned.key}/{name}"] = owned.moments[name].clone()
+            state[f"{key}/{name}"] = owned.moments[name]
     return state
 
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: Any, chunks: Sequence[DistributedDataParallel], state: dict[str, Tensor]
+    optimizer: Any,
+    chunks: Sequence[DistributedDataParallel],
+    read: Callable[[Parameter, tuple[int, int]], dict[str, Tensor]],
 ) -> None:
-    """Inverse of ``optimizer_state``; raises ValueError where this rank owns other ranges."""
-    parts = {owned.key: owned for owned in _owned(optimizer, chunks)}
-    saved = {k.removesuffix("/range"): tuple(v.tolist()) for k, v in state.items() if "/range" in k}
-    for key in sorted(saved.keys() | parts.keys()) if saved else []:  # none before the first update
-        span = parts[key].span if key in parts else None
-        if saved.get(key) != span:
+    """Take over what ``read`` knows of each flat range that this rank owns; one at a time.
+
+    Raises ValueError where masters were kept in another form.
+    """
+    for owned in _owned(optimizer, chunks):
+        values = read((owned.chunk, owned.name), owned.span)
+        if (values["param"].dtype == torch.int16) != (owned.master_dtype == torch.int16):
             raise ValueError(
-                f"of {key} this rank owns elements {span}, but {saved.get(key)} in the optimizer's "
-                "checkpoint: it was written with other buckets (learner.overlap_grad_reduce, "
-                "bucket_parameters) or MTP layers (mtp_loss_weight); resume with the old ones, or "
-                "start a new run from its weights with model.init"
+                "the fp32 weights were saved in two halves by the precision-aware optimizer, and "
+                "this one keeps them whole, or the other way round: go on with the old "
+                "learner.precision_aware_optimizer and optimizer_offload, or start a new run from "
+                "the weights with model.init"
             )
-    for key in saved:
-        owned = parts[key]
         if owned.main.dtype == torch.float32:
-            owned.main.copy_(state[f"{key}/param"])
+            owned.main.copy_(values["param"])
         else:
-            owned.moments["master_param"] = state[f"{key}/param"].to(owned.main.device).clone()
-        owned.restore_step(state[f"{key}/step"])
+            owned.moments["master_param"] = values["param"].to(owned.main.device)
+        owned.restore_step(values["step"])
         for name in MOMENTS:
-            owned.moments[name] = state[f"{key}/{name}"].to(owned.main.device).clone()
+            owned.moments[name] = values[name].to(owned.main.device, owned.moment_dtype)
+    if next(chunks[0].parameters()).dtype == torch.float32:
+        _share_parameters(chunks)  # owners took over fp32 weights that others may have rounded
 
 
 @torch.no_grad()
@@ -150,6 +155,11 @@ def show_gradients(
     for owned in _owned(optimizer, chunks):
         part = owned.parameter.view(-1)[slice(*owned.span)]
         part.copy_(owned.moments["exp_avg"] / (1 - adam_beta1))
+    _share_parameters(chunks)
+
+
+def _share_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Every rank gets what the owners have."""
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
 
@@ -158,18 +168,30 @@ def show_gradients(
 class _Owned:
     """The part of one parameter that this rank updates."""
 
-    key: str
+    chunk: int
+    name: str  # Megatron's
     parameter: Tensor
     span: tuple[int, int]  # flat range in the parameter
     main: Tensor  # what the inner optimizer updates: fp32, or bf16 when it keeps masters itself
     moments: dict[str, Any]  # the inner optimizer's state
     group: dict[str, Any]  # the inner optimizer's parameter group
     counts_alone: bool  # torch's AdamW counts updates per parameter, FusedAdam per group
+    config: OptimizerConfig
 
     @property
     def master(self) -> Tensor:
         master: Tensor = self.moments.get("master_param", self.main)
         return master
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        halves = self.main.dtype != torch.float32 and self.config.store_param_remainders
+        return torch.int16 if halves else torch.float32
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        chosen: torch.dtype = self.config.exp_avg_dtype
+        return chosen if self.config.use_precision_aware_optimizer else torch.float32
 
     @property
     def counter(self) -> dict[str, Any]:
@@ -182,7 +204,7 @@ class _Owned:
 
 def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterator[_Owned]:
     names = {
-        parameter: f"{number}/{name.replace('module.', '')}"
+        parameter: (number, name.replace("module.", ""))
         for number, chunk in enumerate(chunks)
         for name, parameter in chunk.named_parameters()
     }
@@ -201,12 +223,15 @@ def _owned(optimizer: Any, chunks: Sequence[DistributedDataParallel]) -> Iterato
             main, moments, inner_group, counts_alone = holders[
                 id(outer.param_to_inner_param[shard] if hybrid else shard)
             ]
+            chunk, name = names[parameter]
             yield _Owned(
-                key=names[parameter],
+                chunk=chunk,
+                name=name,
                 parameter=parameter,
                 span=(span.start, span.end),
                 main=main,
                 moments=moments,
                 group=inner_group,
                 counts_alone=counts_alone,
+                config=part.config,
             )

@@ -68,6 +68,15 @@ def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
     }
 
 
+def generation_config(model: Model) -> dict[str, Any]:
+    """The content of generation_config.json: where a response begins and ends."""
+    return {
+        "_from_model_config": True,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+    }
+
+
 def model_from_hf(values: dict[str, Any]) -> Model:
     """The network described by a config.json of one of the implemented architectures."""
     architecture = values.get("model_type")

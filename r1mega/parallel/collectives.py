@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,7 +26,7 @@ def wait_for_all(label: str) -> None:
     A collective ends after its timeout, and ranks that wait for a rollout would end with it. This
     asks the job's store instead, and says who is missing once a minute. Labels are used once.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = job_store()
     world = dist.get_world_size()
     store.set(f"{label}/{dist.get_rank()}", "here")
     arrived = store.add(label, 1)
@@ -39,6 +40,50 @@ def wait_for_all(label: str) -> None:
             missing = [rank for rank in range(world) if not store.check([f"{label}/{rank}"])]
             logger.info("%s: %.0f s, waiting for ranks %s", label, now - started, missing)
             told = now
+
+
+def job_store() -> dist.Store:
+    """What all ranks of the job can write to and ask, from any thread and without a collective."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def await_keys(store: dist.Store, keys: list[str]) -> list[bytes]:
+    """The values of ``keys`` once all are set, however long that takes; says what is missing."""
+    started = told = time.monotonic()
+    pause = _FIRST_PAUSE_S
+    while not store.check(keys):
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+        if (now := time.monotonic()) - told > _TELL_EVERY_S:
+            missing = [key for key in keys if not store.check([key])]
+            logger.info("%.0f s, waiting for %s", now - started, missing)
+            told = now
+    return [store.get(key) for key in keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Ranks that tell each other small records; without a group this process is all of them."""
+
+    group: ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_root(self) -> bool:
+        return self.group is None or self.group.rank() == 0
+
+    def told(self, value: T, type_: Any) -> T:
+        """The record of rank 0, on every rank."""
+        if self.group is None:
+            return value
+        source = dist.get_global_rank(self.group, 0)
+        return broadcast_record(value, type_, source=source, group=self.group, device=self.device)
+
+    def gathered(self, value: T, type_: Any) -> list[T]:
+        """The records of all ranks in order, on every rank."""
+        if self.group is None:
+            return [value]
+        return gather_records(value, type_, group=self.group, device=self.device)
 
 
 def broadcast_record(

@@ -40,6 +40,7 @@ def main(config: Config, backend: Backend) -> int:
     watch = Stopwatch()
     steps = config.stage.steps
     with (
+        worker.until_saved(),
         _open_source(worker, watch, (tokenizer.eos_token_id,)) as source,
         progress_bar("rl", steps, progress.step, shown=worker.groups.rank == 0) as advance,
     ):
@@ -61,7 +62,6 @@ def main(config: Config, backend: Backend) -> int:
             advance(progress.step - before, _note(row))
             if config.stage.save_every >= 0 and _due(config.stage.save_every, progress.step, steps):
                 worker.save(progress, reference)
-    worker.close()
     if worker.groups.rank == 0:
         report.close(worker.directory)
     return 0

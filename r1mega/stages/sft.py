@@ -20,7 +20,10 @@ def main(config: Config, backend: Backend) -> int:
     progress, _ = worker.resume()
     stage, count = config.stage, config.algorithm.sequences_per_step
     watch = Stopwatch()
-    with progress_bar("sft", stage.steps, progress.step, shown=worker.groups.rank == 0) as advance:
+    with (
+        worker.until_saved(),
+        progress_bar("sft", stage.steps, progress.step, shown=worker.groups.rank == 0) as advance,
+    ):
         while progress.step < stage.steps:
             with watch.phase("time/step_s"):
                 chosen = order(len(documents), config.seed, progress.data_position, count)
@@ -37,5 +40,4 @@ def main(config: Config, backend: Backend) -> int:
             due = stage.save_every > 0 and progress.step % stage.save_every == 0
             if due or (stage.save_every >= 0 and progress.step == stage.steps):
                 worker.save(progress, None)
-    worker.close()
     return 0

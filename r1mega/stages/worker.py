@@ -1,6 +1,9 @@
 """What every learner rank opens first, and how a run is saved and continued."""
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,20 +11,27 @@ from torch import Tensor
 
 from r1mega.config import Config
 from r1mega.config.derived import mtp_mode, world_size
+from r1mega.data.tokenizer import tokenizer_files
 from r1mega.learner.learner import Learner, open_learner
 from r1mega.learner.optimizer import load_optimizer_state, optimizer_state
 from r1mega.learner.schedule import learning_rate
+from r1mega.model.hf_config import generation_config, hf_config
 from r1mega.parallel.backend import Backend
-from r1mega.parallel.collectives import gather_records
+from r1mega.parallel.collectives import gather_records, job_store
 from r1mega.parallel.groups import Groups, open_groups
 from r1mega.parallel.layout import Layout
 from r1mega.run.directory import RunDirectory
 from r1mega.run.metrics import MetricsWriter
 from r1mega.run.samples import truncate_samples_after
 from r1mega.stages.progress import say
+from r1mega.system.termination import before_sigterm
 from r1mega.weights import checkpoint
-from r1mega.weights.checkpoint import CheckpointError, Progress
+from r1mega.weights.checkpoint import Progress
+from r1mega.weights.manifest import MANIFEST, CheckpointError, verify
+from r1mega.weights.saved_optimizer import SavedOptimizer
+from r1mega.weights.saving import Contents, Saver
 from r1mega.weights.slices import SliceReader
+from r1mega.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +45,7 @@ class Worker:
     groups: Groups
     directory: RunDirectory
     learner: Learner
+    saver: Saver
     writer: MetricsWriter | None
 
     def learning_rate(self, step: int) -> float:
@@ -53,20 +64,13 @@ class Worker:
             self.writer.write(step, metrics)
 
     def save(self, progress: Progress, reference: list[Tensor] | None) -> None:
-        """A checkpoint of everything a run needs to continue bit for bit."""
-        folder = checkpoint.save(
-            self.directory.checkpoints,
-            progress,
-            weights=self.learner.weights,
-            reference=reference,
+        """Start a checkpoint of everything a run needs to continue; training may go on at once."""
+        contents = Contents(
             optimizer=optimizer_state(self.learner.optimizer, self.learner.chunks),
             rng=self.backend.rng_state(),
-            groups=self.groups,
-            device=self.backend.device,
+            reference=reference,
         )
-        if self.groups.rank == 0:
-            checkpoint.prune(folder, self.config.stage.keep_last)
-            logger.info("saved %s", folder)
+        self.saver.save(progress, contents)
 
     def resume(self) -> tuple[Progress, list[Tensor] | None]:
         """Continue from the newest whole checkpoint, and forget what was recorded after it."""
@@ -85,10 +89,21 @@ class Worker:
         if folder is None:
             return Progress(step=0, data_position=0), None
         self.say(f"loading {folder}")
-        return checkpoint.read_progress(folder), self._load(folder)
+        return self._load(folder)
 
-    def close(self) -> None:
-        """After the last step."""
+    @contextmanager
+    def until_saved(self) -> Iterator[None]:
+        """Whatever ends the block, also SIGTERM, first waits for a checkpoint on its way to disk.
+
+        Raises CheckpointError where the last one could not be written.
+        """
+        with before_sigterm(self.saver.wind_down):
+            try:
+                yield
+            except BaseException:
+                self.saver.wind_down()
+                raise
+            self.saver.finish()
         if self.writer is not None:
             self.writer.close()
 
@@ -99,7 +114,9 @@ class Worker:
 
     def _newest(self) -> Path | None:
         checkpoints = self.directory.checkpoints
-        folder, skipped = checkpoint.newest(checkpoints, self._verify)
+        folder, skipped = checkpoint.newest(
+            checkpoints, lambda folder: verify_together(folder, self.groups, self.backend)
+        )
         if folder is None and skipped:
             reasons = "; ".join(skipped)
             raise CheckpointError(
@@ -110,34 +127,27 @@ class Worker:
             logger.warning("skipped a checkpoint: %s", reason)
         return folder
 
-    def _verify(self, folder: Path) -> None:
-        """Each rank reads its part of the files: on a large run they are terabytes."""
-        groups, error = self.groups, ""
-        try:
-            checkpoint.verify(folder, part=groups.rank, parts=groups.world.size())
-        except CheckpointError as failure:
-            error = str(failure)
-        errors = gather_records(error, str, group=groups.world, device=self.backend.device)
-        if found := [text for text in errors if text]:
-            raise CheckpointError(found[0])
-
-    def _load(self, folder: Path) -> list[Tensor] | None:
-        weights, rank = self.learner.weights, self.groups.rank
-        checkpoint.check_resumable(folder, weights.model, weights.layout)
+    def _load(self, folder: Path) -> tuple[Progress, list[Tensor] | None]:
+        weights, learner = self.learner.weights, self.learner
+        state = checkpoint.read_state(folder)
+        checkpoint.check_resumable(folder, state, weights.model, weights.spec)
         reference = None
         if (folder / checkpoint.REFERENCE).exists():
             with SliceReader(folder / checkpoint.REFERENCE) as reader:
                 weights.fill(reader.read)
             reference = weights.copy_to_host()
+            self.saver.keep_reference(reference, folder)
         with SliceReader(folder) as reader:
             weights.fill(reader.read)
-        load_optimizer_state(
-            self.learner.optimizer,
-            self.learner.chunks,
-            checkpoint.load_rank_tensors(folder, "optimizer", rank),
-        )
-        self.backend.set_rng_state(checkpoint.load_rank_tensors(folder, "rng", rank))
-        return reference
+        with SavedOptimizer(folder, state, weights) as saved:
+            if not saved.empty:
+                load_optimizer_state(learner.optimizer, learner.chunks, saved.read)
+        if state.layout == weights.layout:
+            with TensorFile.open(folder / checkpoint.shard("rng", weights.rank)) as file:
+                self.backend.set_rng_state({key: file.read(key) for key in file.entries})
+        for notice in checkpoint.notices(state, weights.layout, weights.spec):
+            self.say(notice)
+        return state.progress, reference
 
 
 def open_worker(config: Config, backend: Backend) -> Worker:
@@ -147,12 +157,26 @@ def open_worker(config: Config, backend: Backend) -> Worker:
         layout, backend, timeout_s=config.cluster.collective_timeout_s, seed=config.seed
     )
     directory = RunDirectory.create(config.run.root, config.name)
+    init, checkpoints = Path(config.model.init), directory.checkpoints
+    goes_on = config.run.resume and any(checkpoints.glob("step_*"))
+    if (init / MANIFEST).exists() and not goes_on:
+        verify_together(init, groups, backend)
+    learner = open_policy(config, groups, backend)
     return Worker(
         config=config,
         backend=backend,
         groups=groups,
         directory=directory,
-        learner=open_policy(config, groups, backend),
+        learner=learner,
+        saver=Saver(
+            checkpoints,
+            learner.weights,
+            companions=_companions(config) if groups.rank == 0 else {},
+            keep_last=config.stage.keep_last,
+            groups=groups,
+            store=job_store(),
+            device=backend.device,
+        ),
         writer=MetricsWriter(directory, config.run.wandb_project) if groups.rank == 0 else None,
     )
 
@@ -168,3 +192,26 @@ def open_policy(config: Config, groups: Groups, backend: Backend) -> Learner:
         seed=config.seed,
         mtp=mtp_mode(config.learner, config.stage),
     )
+
+
+def verify_together(folder: Path, groups: Groups, backend: Backend) -> None:
+    """``manifest.verify`` by all ranks, each a part of the files: large runs have terabytes."""
+    error = ""
+    try:
+        verify(folder, part=groups.rank, parts=groups.world.size())
+    except CheckpointError as failure:
+        error = str(failure)
+    errors = gather_records(error, str, group=groups.world, device=backend.device)
+    if found := [text for text in errors if text]:
+        raise CheckpointError(found[0])
+
+
+def _companions(config: Config) -> dict[str, bytes]:
+    """What a Hugging Face folder has beside its weights."""
+    dtype = "float32" if config.learner.precision == "fp32" else "bfloat16"
+    texts = {
+        "config.json": hf_config(config.model, dtype=dtype),
+        "generation_config.json": generation_config(config.model),
+    }
+    files = {name: f"{json.dumps(values, indent=2)}\n".encode() for name, values in texts.items()}
+    return files | tokenizer_files(config.model.tokenizer)

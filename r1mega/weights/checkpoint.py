@@ -1,58 +1,38 @@
-"""Checkpoints without pickle: safetensors shards, an index, and a manifest that is the commit.
+"""Which checkpoints a run has, and what ``state.json`` says of one. ``saving`` writes them.
 
     step_000040/
-      weights-00000.safetensors    the rectangles of Hugging Face tensors that rank 0 owns
+      weights-00000.safetensors    the rectangles of Hugging Face tensors that rank 0 stores
       optimizer-00000.safetensors  rank 0's ungathered ranges: fp32 weights, moments, step counts
       rng-00000.safetensors        generator states
       reference/                   the reference policy, if any: weights-*.safetensors, index.json
-      index.json                   every tensor: shape and pieces (file, key, region)
+      index.json                   every tensor: shape, dtype and pieces (file, key, region, digest)
       state.json                   step, data position, versions, layout, the network
+      hf/                          config.json, tokenizer: what makes it a Hugging Face folder
       manifest.json                bytes and digest of every file above
 
-Everything is written under ``.step_000040.partial`` and renamed last, so what has its name is
-whole; a byte that flips later is found by ``verify``. All functions that take groups are
-collective.
+No pickle. Weights are found under Hugging Face names, so that they load under any layout.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from r1mega.config import schema
-from r1mega.parallel.collectives import gather_records
-from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
-from r1mega.system.files import write_atomically
-from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.manifest import (
-    MANIFEST,
-    CheckpointError,
-    FileRecord,
-    commit,
-    partial_folder,
-    record_bytes,
-    remove,
-    verify,
-)
-from r1mega.weights.slices import CHECKPOINT_INDEX, FORMAT
-from r1mega.weights.tensor_file import DTYPE_NAMES, digest_file
+from r1mega.weights.manifest import CheckpointError, read_manifest, remove, verify, verify_file
+from r1mega.weights.names import Spec
+from r1mega.weights.slices import FORMAT
 
 STATE = "state.json"
 REFERENCE = "reference"
+COMPANIONS = "hf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Where a run stands: what ``state.json`` says besides the layout and the network."""
+    """Where a run stands."""
 
     step: int
     data_position: int  # prompts or documents consumed
@@ -60,49 +40,90 @@ class Progress:
     version: int = 0  # of the weights the engines held
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """What ``state.json`` says. ``model`` is without where weights and tokenizer came from."""
+
+    progress: Progress
+    layout: Layout
+    spec: Spec
+    model: schema.Model
+    code: str  # the version of r1mega that wrote it
+
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "progress": asdict(self.progress),
+                "layout": asdict(self.layout),
+                "spec": asdict(self.spec),
+                "model": _network(self.model),
+                "code": self.code,
+            },
+            indent=1,
+        )
+
+
+def read_state(folder: Path) -> State:
+    """Raises CheckpointError when ``state.json`` is missing or damaged."""
+    path = folder / STATE
+    try:
+        values = json.loads(path.read_bytes())
+        model = values["model"]
+        scaling = model.pop("rope_scaling")
+        return State(
+            progress=Progress(**values["progress"]),
+            layout=Layout(**values["layout"]),
+            spec=Spec(**values["spec"]),
+            model=schema.Model(**model, rope_scaling=scaling and schema.RopeScaling(**scaling)),
+            code=values["code"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}): restore it") from error
+
+
+def check_resumable(folder: Path, state: State, model: schema.Model, spec: Spec) -> None:
+    """Raises CheckpointError when a run of ``model`` built as ``spec`` cannot go on from there.
+
+    The layout may be another.
+    """
+    saved, present = _network(state.model), _network(model)
+    if differing := ", ".join(
+        f"{key} was {saved[key]}, is {value}"
+        for key, value in present.items()
+        if saved[key] != value
+    ):
+        raise CheckpointError(f"{folder} is a checkpoint of another model: {differing}")
+    if spec.mtp and not state.spec.mtp:
+        raise CheckpointError(
+            f"{folder} holds no MTP layers: go on without them (learner.mtp_loss_weight=0), or "
+            f"start a new run from its weights with model.init={folder}"
+        )
+
+
+def notices(state: State, layout: Layout, spec: Spec) -> list[str]:
+    """What is not as it was for a run that goes on from ``state``, in sentences."""
+    found = []
+    before, now = asdict(state.layout), asdict(layout)
+    changed = [f"{key} was {before[key]}, is {v}" for key, v in now.items() if v != before[key]]
+    if changed:
+        found.append(
+            f"the layout changed ({', '.join(changed)}): the optimizer is cut anew, and random "
+            "numbers start from the seed"
+        )
+    if state.spec.mtp and not spec.mtp:
+        found.append("the MTP layers are left out from here on (learner.mtp_loss_weight=0)")
+    return found
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
-def save(
-    checkpoints: Path,
-    progress: Progress,
-    *,
-    weights: LocalWeights,
-    reference: list[Tensor] | None,
-    optimizer: dict[str, Tensor],
-    rng: dict[str, Tensor],
-    groups: Groups,
-    device: torch.device,
-) -> Path:
-    """Write one checkpoint; raises CheckpointError on every rank when any rank could not write."""
-    folder = step_folder(checkpoints, progress.step)
-    partial = partial_folder(folder)
-    first = groups.rank == 0
-
-    def together(work: Callable[[], _Files]) -> _Files:
-        """Every rank does its ``work``; what all of them wrote, or the same error everywhere."""
-        try:
-            report = _Report(files=work())
-        except (OSError, SafetensorError) as error:
-            report = _Report(files={}, error=f"rank {groups.rank}: {error}")
-        reports = gather_records(report, _Report, group=groups.world, device=device)
-        if errors := [r.error for r in reports if r.error]:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"{folder} was not written: {errors[0]}; what was saved before it stands"
-            )
-        return {name: entry for r in reports for name, entry in r.files.items()}
-
-    weights.settle()
-    together(lambda: _start(partial) if first else {})
-    files = together(lambda: _write_shards(partial, weights, reference, optimizer, rng))
-    has_reference = reference is not None
-    together(
-        lambda: _commit(partial, folder, progress, weights, has_reference, files) if first else {}
-    )
-    return folder
+def shard(kind: str, rank: int) -> str:
+    """The file of one rank; ``kind`` is "weights", "optimizer" or "rng"."""
+    return f"{kind}-{rank:05d}.safetensors"
 
 
 def newest(
@@ -120,37 +141,12 @@ def newest(
     return None, skipped
 
 
-def newest_committed(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was finished; nothing but its manifest is read."""
-    return next((f for f in _folders(checkpoints)[::-1] if (f / MANIFEST).is_file()), None)
-
-
-def read_progress(folder: Path) -> Progress:
-    return Progress(**json.loads((folder / STATE).read_text())["progress"])
-
-
-def read_network(folder: Path) -> schema.Model:
-    """The network a checkpoint holds, without where weights and tokenizer came from."""
-    values = json.loads((folder / STATE).read_text())["model"]
-    scaling = values.pop("rope_scaling")
-    return schema.Model(**values, rope_scaling=scaling and schema.RopeScaling(**scaling))
-
-
-def check_resumable(folder: Path, model: schema.Model, layout: Layout) -> None:
-    """Raises CheckpointError when the network or the layout differ from what was saved."""
-    state = json.loads((folder / STATE).read_text())
-    if differing := _differences(state["model"], _network(model)):
-        raise CheckpointError(f"{folder} is a checkpoint of another model: {differing}")
-    if differing := _differences(state["layout"], asdict(layout)):
-        raise CheckpointError(
-            f"{folder} was written under another layout ({differing}); resume under the old one, "
-            f"or start a new run from its weights with model.init={folder}"
-        )
-
-
-def load_rank_tensors(folder: Path, kind: str, rank: int) -> dict[str, Tensor]:
-    """``kind`` is "optimizer" or "rng"."""
-    return load_file(folder / _shard(kind, rank))
+def verify_state(folder: Path) -> None:
+    """As ``verify``, of manifest and ``state.json`` alone: what a launcher can afford to read."""
+    record = read_manifest(folder).get(STATE)
+    if record is None:
+        raise CheckpointError(f"{folder} has no {STATE} in its manifest: it is no checkpoint")
+    verify_file(folder / STATE, record)
 
 
 def prune(newest: Path, keep_last: int) -> None:
@@ -163,129 +159,11 @@ def prune(newest: Path, keep_last: int) -> None:
         remove(folder)
 
 
-_Files = dict[str, FileRecord]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Report:
-    """What a rank wrote, or why it could not."""
-
-    files: _Files
-    error: str = ""
-
-
 def _folders(checkpoints: Path) -> list[Path]:
     """Oldest first."""
     return sorted(checkpoints.glob("step_*"))
 
 
-def _start(partial: Path) -> _Files:
-    """An empty folder, after clearing away what a kill left of this one and of others."""
-    for leftover in partial.parent.glob(partial_folder(Path("step_*")).name):
-        shutil.rmtree(leftover)
-    (partial / REFERENCE).mkdir(parents=True)
-    return {}
-
-
-def _shard(kind: str, rank: int) -> str:
-    return f"{kind}-{rank:05d}.safetensors"
-
-
-def _write_shards(
-    partial: Path,
-    weights: LocalWeights,
-    reference: list[Tensor] | None,
-    optimizer: dict[str, Tensor],
-    rng: dict[str, Tensor],
-) -> _Files:
-    files: _Files = {}
-
-    def write(name: str, tensors: dict[str, Tensor]) -> None:
-        path = partial / name
-        save_file(tensors, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[name] = FileRecord(path.stat().st_size, digest_file(path))
-
-    write(_shard("weights", weights.rank), _owned_regions(weights))
-    write(_shard("optimizer", weights.rank), optimizer)
-    write(_shard("rng", weights.rank), rng)
-    if reference is not None:
-        weights.swap(reference)
-        try:
-            held = _owned_regions(weights)
-        finally:
-            weights.swap(reference)
-        write(f"{REFERENCE}/{_shard('weights', weights.rank)}", held)
-    return files
-
-
-def _owned_regions(weights: LocalWeights) -> dict[str, Tensor]:
-    return {
-        piece.hf_name: weights.region(piece).to("cpu", copy=True).contiguous()
-        for piece in weights.slices
-        if weights.owners[piece.hf_name][1][piece.region] == weights.rank
-    }
-
-
-def _commit(
-    partial: Path,
-    folder: Path,
-    progress: Progress,
-    weights: LocalWeights,
-    has_reference: bool,
-    files: _Files,
-) -> _Files:
-    index = json.dumps(_index(weights))
-    state = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "layout": asdict(weights.layout),
-        "model": _network(weights.model),
-    }
-    texts = {CHECKPOINT_INDEX: index, STATE: json.dumps(state, indent=1)}
-    if has_reference:
-        texts[f"{REFERENCE}/{CHECKPOINT_INDEX}"] = index
-    else:
-        (partial / REFERENCE).rmdir()
-    for name, text in texts.items():
-        write_atomically(partial / name, text)
-        files[name] = record_bytes(text.encode())
-    commit(partial, folder, files)
-    return files
-
-
-def _index(weights: LocalWeights) -> dict[str, Any]:
-    """Pure arithmetic: every rank's pieces follow from the table of names and the layout."""
-    return {
-        "format": FORMAT,
-        "tensors": {
-            name: {
-                "shape": shape,
-                "dtype": DTYPE_NAMES[wire_dtype(name, weights)],
-                "pieces": [
-                    {
-                        "file": _shard("weights", owner),
-                        "key": name,
-                        "region": region,
-                        "digest": "",
-                    }
-                    for region, owner in owners.items()
-                ],
-            }
-            for name, (shape, owners) in weights.owners.items()
-        },
-    }
-
-
 def _network(model: schema.Model) -> dict[str, Any]:
     """The sizes, without where weights and tokenizer came from."""
     return {k: v for k, v in asdict(model).items() if k not in ("init", "tokenizer")}
-
-
-def _differences(saved: dict[str, Any], present: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} was {saved.get(key)}, is {value}"
-        for key, value in present.items()
-        if saved.get(key) != value
-    )

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class LocalWeights:
 
     model: schema.Model
     layout: Layout
+    spec: Spec
     rank: int
     slices: tuple[ParameterSlice, ...]
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
@@ -66,6 +67,11 @@ class LocalWeights:
             for tensor in self._live()
         ]
 
+    def holding(self, host: Sequence[Tensor]) -> "LocalWeights":
+        """The same slices, seen in a host copy."""
+        left = iter(host)
+        return replace(self, tensors=tuple({n: next(left) for n in held} for held in self.tensors))
+
     @torch.no_grad()
     def swap(self, host: Sequence[Tensor]) -> None:
         """Exchange live weights and host copy in place; a second call puts things back.
@@ -103,6 +109,7 @@ def local_weights(
     return LocalWeights(
         model=model,
         layout=layout,
+        spec=spec,
         rank=rank,
         slices=tuple(slices),
         tensors=tensors,

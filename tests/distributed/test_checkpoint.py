@@ -9,7 +9,7 @@ import pytest
 
 from r1mega.config import load
 from r1mega.weights import checkpoint
-from r1mega.weights.checkpoint import CheckpointError
+from r1mega.weights.manifest import CheckpointError, verify
 from tests.distributed.launch import run_ranks
 
 AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]
@@ -63,7 +63,7 @@ def facts(run_folder: Path) -> list[dict[str, Any]]:
 
 def digests(folder: Path) -> dict[str, str]:
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items()}
+    return {name: entry["xxh3_128"] for name, entry in files.items()}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_a_missing_file_is_not_whole(
     shutil.copytree(finished / "checkpoints/step_000004", folder)
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
-        checkpoint.verify(folder)
+        verify(folder)
 
 
 def test_what_a_kill_leaves_behind_is_not_a_checkpoint(finished: Path, tmp_path: Path) -> None:

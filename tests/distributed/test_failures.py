@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from r1mega.weights import checkpoint
+from r1mega.weights.manifest import verify
 from tests.distributed.test_job import all_gone, descendants, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], str, str]:
 
 def assert_whole(folder: Path) -> None:
     for found in sorted((folder / "checkpoints").glob("step_*")):
-        checkpoint.verify(found)
+        verify(found)
 
 
 @pytest.fixture(scope="module")

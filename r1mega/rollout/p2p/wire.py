@@ -17,7 +17,11 @@ WINDOW = 2  # messages under way at once: one on the wire while another is packe
 
 
 class PeerLost(Exception):
-    """One sentence: who is gone or silent, and what was expected of him."""
+    """One sentence: what did not pass between us and which rank of the group, and why."""
+
+    def __init__(self, peer: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.peer = peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +29,15 @@ class Posted:
     """A transfer under way; its bytes are not to be touched before ``wait`` returns."""
 
     work: dist.Work
-    description: str
+    peer: int
+    expected: str
 
     def wait(self) -> None:
         """Raises PeerLost when the peer is gone or the group's timeout is over."""
         try:
             self.work.wait()
         except RuntimeError as error:  # torch.distributed's, for both
-            raise PeerLost(f"{self.description}: {reason(error)}") from error
+            raise PeerLost(self.peer, f"{self.expected}: {reason(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,13 @@ class Wire:
     def receive(self, data: Tensor, peer: int, what: str) -> Posted:
         return self._post(dist.irecv, data, peer, f"{what} did not come from {self.name_of(peer)}")
 
-    def _post(
-        self, way: Callable[..., object], data: Tensor, peer: int, description: str
-    ) -> Posted:
+    def _post(self, way: Callable[..., object], data: Tensor, peer: int, expected: str) -> Posted:
         try:
             operation = dist.P2POp(way, data, group=self.group, group_peer=peer)
             (work,) = dist.batch_isend_irecv([operation])
         except RuntimeError as error:
-            raise PeerLost(f"{description}: {reason(error)}") from error
-        return Posted(work, description)
+            raise PeerLost(peer, f"{expected}: {reason(error)}") from error
+        return Posted(work, peer, expected)
 
 
 def wire_device(backend: str) -> torch.device:

@@ -1,0 +1,49 @@
+"""What one learner rank sends: the transfers of a reshard plan, and its live weights for them."""
+
+from torch import Tensor
+
+from r1mega.rollout.p2p.messages import Piece
+from r1mega.rollout.p2p.sender import Outgoing
+from r1mega.weights.blocks import BLOCK, weight_name
+from r1mega.weights.fp8 import quantize
+from r1mega.weights.local import LocalWeights, wire_dtype
+from r1mega.weights.names import ParameterSlice, Region
+from r1mega.weights.reshard import CODES, Transfer
+from r1mega.weights.slices import indices
+
+
+class Outbox:
+    """``fused``: engines hold the transfer's parameters; else Hugging Face's tensors, whole."""
+
+    def __init__(self, weights: LocalWeights, *, fused: bool) -> None:
+        self._weights = weights
+        self._fused = fused
+        self._slices: dict[str, list[ParameterSlice]] = {}
+        for held in weights.slices:
+            self._slices.setdefault(held.hf_name, []).append(held)
+
+    def item(self, transfer: Transfer) -> Outgoing:
+        name, region = transfer.hf_name, transfer.region
+        dtype = transfer.dtype or str(wire_dtype(name, self._weights)).removeprefix("torch.")
+        there = (transfer.parameter, transfer.target) if self._fused else (name, region)
+        return Outgoing(name, region, Piece(*there, dtype))
+
+    def read(self, item: Outgoing) -> Tensor:
+        """The values of ``item``; FP8 codes and scales are made here, of whole blocks."""
+        if (weight := weight_name(item.name)) is not None:
+            shape = self._slices[weight][0].hf_shape
+            scaled = tuple(
+                (start * BLOCK, min(stop * BLOCK, size))
+                for (start, stop), size in zip(item.region, shape, strict=True)
+            )
+            return quantize(self._values(weight, scaled))[1]
+        values = self._values(item.name, item.region)
+        return quantize(values)[0] if item.piece.dtype == CODES else values
+
+    def _values(self, name: str, region: Region) -> Tensor:
+        held = next(s for s in self._slices[name] if _contains(s.region, region))
+        return self._weights.region(held)[indices(region, held.region)]
+
+
+def _contains(outer: Region, inner: Region) -> bool:
+    return all(a <= b and d <= c for (a, c), (b, d) in zip(outer, inner, strict=True))

@@ -48,6 +48,28 @@ def spread_layers(
     return (*head, *(share,) * middle, *tail)
 
 
+def even_stages(num_layers: int, pp: int) -> tuple[int | None, int | None]:
+    """Layers of first and last stage for ``spread_layers``, so that the longest stage is as short
+    as can be, and the shortest then as long: ``even_stages(61, 16) == (3, 2)``, the others have 4.
+
+    None where all stages are equal. Raises ValueError when a stage would have no layer.
+    """
+    if pp > num_layers:
+        raise ValueError(f"pp={pp} must be at most num_hidden_layers={num_layers}")
+    if num_layers % pp == 0:
+        return None, None
+    candidates = []
+    for share in (num_layers // pp, num_layers // pp + 1):  # of the stages between
+        outer = num_layers - share * (pp - 2)
+        first, last = outer - outer // 2, outer // 2
+        if last >= 1:
+            candidates.append(
+                (max(share, first), max(share, first) - min(share, last), first, last)
+            )
+    _, _, first, last = min(candidates)
+    return first, last
+
+
 MtpMode = Literal["none", "joint", "detached"]
 
 

@@ -214,7 +214,7 @@ def read_checkpoint_index(folder: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} cannot be read ({error!r}): copy it anew") from error
     for name, tensor in stored.items():
         if fault := partition_fault(tensor.shape, [piece.region for piece in tensor.pieces]):
-            raise ValueError(f"{path}: {name}: {fault}; copy the folder anew")
+            raise ValueError(f"{path}: {name} is not whole: {fault}; copy the folder anew")
     return stored
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from r1mega.cluster.initial_weights import check_weights
 from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
+from r1mega.parallel.layout import Layout
+from r1mega.weights.checkpoint import Progress, State
 from r1mega.weights.names import Spec, hf_shapes
-from r1mega.weights.slices import StoredTensor, checkpoint_index
+from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index
+from r1mega.weights.tensor_file import whole
 
 LLAMA = Model(architecture="llama", num_key_value_heads=2, rope_theta=5e5)
 TIED = Model(architecture="qwen2", tie_word_embeddings=True)
@@ -118,10 +121,19 @@ def test_a_copy_without_its_description_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_ours_says_which_network_it_holds(tmp_path: Path) -> None:
-    tensors = {n: StoredTensor(s, (), "F32") for n, s in hf_shapes(LLAMA).items()}
+    tensors = {
+        name: StoredTensor(shape, (Piece("a", name, whole(shape)),), "F32")
+        for name, shape in hf_shapes(LLAMA).items()
+    }
     (tmp_path / "index.json").write_text(checkpoint_index(tensors))
-    held = {k: v for k, v in asdict(LLAMA).items() if k not in ("init", "tokenizer")}
-    (tmp_path / "state.json").write_text(json.dumps({"model": held}))
+    state = State(
+        progress=Progress(step=0, data_position=0),
+        layout=Layout(world=1),
+        spec=Spec(),
+        model=LLAMA,
+        code="0",
+    )
+    (tmp_path / "state.json").write_text(state.text())
     check_weights(tmp_path, LLAMA, Spec())
     with pytest.raises(ValueError, match=r"rope_theta is 500000.0 there and 10000.0 here"):
         check_weights(tmp_path, replace(LLAMA, rope_theta=1e4), Spec())

@@ -1,0 +1,50 @@
+"""What surrounds the weights in a Hugging Face folder: config.json, tokenizer, index of shards."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r1mega.weights import fp8
+from r1mega.weights.blocks import BLOCK
+from r1mega.weights.slices import HF_INDEX, StoredTensor
+
+CONFIG = "config.json"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Every file of ``folder`` but weights and their index, by name; folders are left out."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name != HF_INDEX
+    }
+
+
+def matching_config(content: bytes, tensors: Mapping[str, StoredTensor]) -> bytes:
+    """config.json with the dtype and the quantization that ``tensors`` have."""
+    values: dict[str, Any] = json.loads(content)
+    changed = dict(values)
+    if any(stored.dtype == fp8.CODES for stored in tensors.values()):
+        changed.setdefault("quantization_config", _QUANTIZATION)
+    else:
+        changed.pop("quantization_config", None)
+    dtype = _TORCH_NAMES.get(tensors["model.norm.weight"].dtype)
+    for key in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
+        changed[key] = dtype
+    return content if changed == values else (json.dumps(changed, indent=2) + "\n").encode()
+
+
+def shard_index(tensors: Mapping[str, StoredTensor], total_size: int) -> bytes:
+    """The content of model.safetensors.index.json."""
+    weight_map = {name: stored.pieces[0].file for name, stored in tensors.items()}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2) + "\n").encode()

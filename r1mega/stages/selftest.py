@@ -53,8 +53,9 @@ class Comparison:
         verdict = "ok"
         if self.first is not None:
             verdict = f"the first that differs is {self.first}, by {self.difference:.1e}"
+        count = f"{self.tensors:>4} tensor{'' if self.tensors == 1 else 's'}"
         return (
-            f"{self.what:<17} {self.tensors:>4} tensor{'s'[: self.tensors != 1]}, largest difference {self.largest:.1e} "
+            f"{self.what:<17} {count}, largest difference {self.largest:.1e} "
             f"(allowed {self.allowed:.0e}): {verdict}"
         )
 

@@ -230,7 +230,7 @@ SINGLE = {
     ),
     "stage.only=train": "stage.only=train needs rollout.replay=FOLDER",
     "rollout.replay=kept": "rollout.replay=kept starts no engine; add stage.only=train",
-    "stage.kind=eval stage.only=train": "stage.only=train halves a step of rl; eval has no such step",
+    "stage.kind=eval stage.only=train": "stage.only=train halves a step of rl",
     "rollout.steps=4 stage.eval_every=6": (
         "stage.eval_every=6 must be a multiple of rollout.steps=4"
     ),

@@ -5,23 +5,15 @@ Computed per axis of the layout, not per rank. Tensors that are cut and placed a
 Pure Python: imports no torch.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import own_scale_region, scale_name, scale_shape
-from r1mega.weights.names import (
-    Region,
-    Row,
-    Site,
-    Spec,
-    cut_row,
-    rows_by_scope,
-    sites,
-    tensor_sizes,
-)
+from r1mega.weights.cuts import Region, is_empty
+from r1mega.weights.names import Row, Scope, Site, Spec, cut_row, rows_by_scope, sites, tensor_sizes
 
 Part = tuple[Region, tuple[int, ...]]  # a region, and the ranks that hold it in rising order
 
@@ -46,22 +38,25 @@ def holders(
     After each weight in ``quantized`` come its FP8 scales, cut with it: a scale belongs to the rank
     that holds the first weight of its block.
     """
-    found: dict[str, tuple[Row, list[Site]]] = {}
-    rows = rows_by_scope(model, spec)
-    for site in sites(model, layout, spec):
-        for row in rows[site.scope]:
-            found.setdefault(site.hf + row.hf, (row, []))[1].append(site)
-    sizes = tensor_sizes(model)
-    alike: dict[tuple[Row, tuple[tuple[int, int | None], ...]], tuple[Held, Held | None]] = {}
+    everywhere = list(sites(model, layout, spec))
+    rows, sizes = rows_by_scope(model, spec), tensor_sizes(model)
+    copies = {row.hf: site for site in everywhere for row in rows["copy"] if site.scope == "copy"}
+    same: dict[Held, Held] = {}
+    alike: dict[tuple[Scope, int, int | None], list[tuple[Row, Held]]] = {}
     table: dict[str, Held] = {}
-    for name, (row, places) in found.items():
-        key = row, tuple((site.stage, site.ep) for site in places)
+    for site in everywhere:
+        key = site.scope, site.stage, site.ep
         if key not in alike:
-            held = _held(row, key[1], sizes, layout)
-            alike[key] = held, _scales(held) if row.fp8 else None
-        table[name], scales = alike[key]
-        if scales is not None and name in quantized:
-            table[scale_name(name)] = scales
+            alike[key] = []
+            for row in rows[site.scope]:
+                places = [site, copies[row.hf]] if row.hf in copies else [site]
+                held = _held(row, places, sizes, layout)
+                alike[key].append((row, same.setdefault(held, held)))
+        for row, held in alike[key]:
+            name = site.hf + row.hf
+            table.setdefault(name, held)
+            if row.fp8 and name in quantized:
+                table[scale_name(name)] = _scales(held)
     return table
 
 
@@ -92,26 +87,23 @@ def ranks_for(*, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1) -> int:
     return pp * lcm(tp, ep * etp)
 
 
-def _held(
-    row: Row, places: tuple[tuple[int, int | None], ...], sizes: dict[str, int], layout: Layout
-) -> Held:
-    """``places``: (pp, ep) of every site; a tied embedding is in two."""
+def _held(row: Row, places: Sequence[Site], sizes: dict[str, int], layout: Layout) -> Held:
     parts: dict[Region, set[int]] = {}
     num_parts = layout.size(row.axis) if row.cut is not None else 1
     for index in range(num_parts):
         cut = cut_row(row, sizes, index, num_parts)
         if cut is None:
             continue
+        along = {row.axis: index} if row.cut is not None else {}
         ranks = parts.setdefault(cut.region, set())
-        for stage, ep in places:
-            place = {"pp": stage} if ep is None else {"pp": stage, "ep": ep}
-            place |= {row.axis: index} if row.cut is not None else {}
-            ranks.update(layout.ranks_at(**place))
+        for site in places:
+            expert = {} if site.ep is None else {"ep": site.ep}
+            ranks.update(layout.ranks_at(pp=site.stage, **along, **expert))
     shape = tuple(sizes[name] for name in row.shape.split())
     return Held(shape, tuple((region, tuple(sorted(ranks))) for region, ranks in parts.items()))
 
 
 def _scales(held: Held) -> Held:
     parts = ((own_scale_region(region), ranks) for region, ranks in held.parts)
-    filled = tuple((r, ranks) for r, ranks in parts if all(start < stop for start, stop in r))
+    filled = tuple((region, ranks) for region, ranks in parts if not is_empty(region))
     return Held(scale_shape(held.shape), filled)

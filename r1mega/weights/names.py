@@ -245,6 +245,11 @@ def fp8_weights(model: schema.Model, spec: Spec = Spec()) -> frozenset[str]:
     )
 
 
+def is_float32(name: str) -> bool:
+    """Whether a tensor is fp32 whatever the model's precision: the expert bias."""
+    return name.endswith(".e_score_correction_bias")
+
+
 def count_parameters(model: schema.Model, *, active: bool = False) -> int:
     """Weights of the network without MTP layers; a tied head counts once.
 

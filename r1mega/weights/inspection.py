@@ -46,12 +46,19 @@ class TensorFacts:
     num_nan: int
     num_infinite: int
 
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        text = f"{self.dtype:8} {shape:>16} {self.norm:12.6g}  {self.name}"
+        if self.num_nan or self.num_infinite:
+            text += f"  {self.num_nan} NaN, {self.num_infinite} infinite"
+        return text
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a folder holds as a whole; ``step``, ``layout`` and ``code`` only checkpoints say."""
 
-    kind: str
+    format: str
     architecture: str
     num_tensors: int
     num_parameters: int
@@ -64,6 +71,21 @@ class Summary:
     step: int | None = None
     layout: dict[str, Any] | None = None
     code: str | None = None
+
+    def __str__(self) -> str:
+        origin = ""
+        if self.layout is not None:
+            axes = {axis: n for axis, n in self.layout.items() if n not in (None, False, 1)}
+            layout = " ".join(f"{axis}={n}" for axis, n in axes.items()) or "world=1"
+            origin = f", step {self.step}, layout {layout}, written by r1mega {self.code}"
+        parts = {"MTP layers": self.has_mtp, "optimizer": self.has_optimizer}
+        parts["reference"] = self.has_reference
+        return (
+            f"{self.format} of {self.architecture}{origin}: {self.num_tensors:,} tensors "
+            f"({', '.join(self.dtypes)}), {self.num_parameters:,} parameters, "
+            f"{self.tensor_bytes:,} bytes of {self.file_bytes:,} in files; "
+            + ", ".join(f"{part} {'yes' if there else 'no'}" for part, there in parts.items())
+        )
 
 
 def check_whole(
@@ -100,9 +122,9 @@ def summarize(reader: Reader, network: schema.Model) -> Summary:
     state = read_state(folder) if (folder / STATE).exists() else None
     files = [path for path in folder.rglob("*") if path.is_file()]
     inventory = take_inventory(network, stored, str(folder))
-    kind = "checkpoint" if state else "torch_dist" if is_torch_dist(folder) else "Hugging Face"
+    format_ = "checkpoint" if state else "torch_dist" if is_torch_dist(folder) else "Hugging Face"
     return Summary(
-        kind=kind,
+        format=format_,
         architecture=network.architecture,
         num_tensors=len(stored),
         num_parameters=sum(_numel(t) for name, t in stored.items() if not weight_name(name)),

@@ -41,6 +41,7 @@ def is_torch_dist(folder: Path) -> bool:
 def read_network(folder: Path, described_in: Path | None = None) -> schema.Model:
     """The network that a folder of weights holds: a checkpoint's state.json, or a config.json, in
     ``described_in`` where that is given. Raises ValueError."""
+    check_folder(described_in or folder)
     if described_in is None and (folder / STATE).exists():
         return read_state(folder).model
     path = (described_in or folder) / "config.json"
@@ -63,6 +64,7 @@ def read_network(folder: Path, described_in: Path | None = None) -> schema.Model
 @contextmanager
 def open_reader(folder: Path, network: schema.Model) -> Iterator[Reader]:
     """Of a Hugging Face folder, a checkpoint of ours or a torch_dist folder, of ``network``."""
+    check_folder(folder)
     if is_torch_dist(folder):
         yield TorchDistReader(folder, network)
         return

@@ -8,10 +8,12 @@ weights: no optimizer state, no step, no generator states.
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from r1mega.config import network, schema
 from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights import fp8
+from r1mega.weights.checkpoint import COMPANIONS
 from r1mega.weights.manifest import partial_folder
 from r1mega.weights.names import Region
 from r1mega.weights.readers import Reader
@@ -71,14 +74,16 @@ def export(
     target: Path,
     *,
     fused_norms: bool,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
     threads: int = 4,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Write the weights that ``reader`` holds to the new folder ``target``; FP8 as BF16.
 
     ``fused_norms``: under the keys of TransformerEngine's layer spec, otherwise of the local one.
-    ``progress`` is told of bytes as they are read. Raises ValueError, or OSError when it cannot
-    write; then there is no ``target``.
+    ``companions``, files by name, go into its folder hf, where ``read_network`` looks for a
+    config.json. ``progress`` is told of bytes as they are read. Raises ValueError, or OSError when
+    it cannot write; then there is no ``target``.
     """
     if target.exists():
         raise ValueError(f"{target} is there already: name a new folder, or remove it")
@@ -88,8 +93,13 @@ def export(
     partial.mkdir(parents=True)
     try:
         writer = FileSystemWriter(partial, thread_count=threads)
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
         torch.save({}, partial / "common.pt")
+        (partial / COMPANIONS).mkdir()
+        for name, content in companions.items():
+            (partial / COMPANIONS / name).write_bytes(content)
         write_atomically(partial / "metadata.json", json.dumps(_STRATEGY))
         sync_folder(partial)
         partial.rename(target)

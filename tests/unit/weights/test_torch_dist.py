@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.comparison import common_names, compare
+from r1mega.weights.comparison import compare, names_of
 from r1mega.weights.readers import open_reader
 from r1mega.weights.torch_dist import TorchDistReader
 from r1mega.weights.torch_dist_export import export
@@ -36,7 +36,6 @@ from tests.unit.weights.weight_folders import (
 )
 
 TP2_PP2_EP2 = Layout(world=4, tp=2, pp=2, ep=2)
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def exported(source: Path, model: schema.Model, target: Path, *, fused: bool = True) -> Path:
@@ -56,9 +55,9 @@ def test_comes_back_bit_equal(
     source = write_checkpoint(tmp_path / "ours", model, weights, TP2_PP2_EP2)
     target = exported(source, model, tmp_path / "theirs", fused=fused)
     with open_reader(source, model) as ours, open_reader(target, model) as theirs:
-        names = common_names(ours, theirs, lambda name: True)
+        names = names_of(ours, theirs, lambda name: True)
         assert set(names) == weights.keys()
-        assert [d for _, d in compare(ours, theirs, names)] == [None] * len(names)
+        assert list(compare(ours, theirs, names)) == [None] * len(names)
         norms = [key for key in theirs._stored.tensors if "layer_norm_weight" in key]
     assert bool(norms) == (fused or model is not V3)
 

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+import r1mega
 from r1mega.cluster import commands, secrets
 from r1mega.cluster.continuation import nothing_to_do, notices
 from r1mega.cluster.engines import Engines
@@ -25,7 +27,6 @@ from r1mega.config.schema import Config
 from r1mega.data.tokenizer import save_tokenizer
 from r1mega.model.hf_config import hf_config
 from r1mega.rollout import control
-from r1mega.rollout.p2p.invite import loader_path
 from r1mega.rollout.router import RouterClient, router_argv, write_router
 from r1mega.run.directory import RunDirectory
 from r1mega.system import files, processes
@@ -102,7 +103,7 @@ class _Job:
         values = hf_config(self._config.model, dtype=commands.engine_dtype(self._config))
         files.write_atomically(model_path / "config.json", json.dumps(values, indent=2) + "\n")
         if self._config.rollout.engine == "sglang":
-            loader_path(self._directory.engine_packages)
+            link_package(self._directory.engine_packages)
             if self._api_key is not None:
                 secrets.write(self._directory.secrets, self._api_key)
 
@@ -180,6 +181,15 @@ class _Job:
         for entry in self._directory.fleet.glob("*.json"):
             entry.unlink()
         shutil.rmtree(self._directory.secrets, ignore_errors=True)
+
+
+def link_package(folder: Path) -> None:
+    """Make ``folder`` with nothing in it but r1mega: where ours is installed are other packages of
+    other versions than SGLang's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "r1mega"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(r1mega.__file__).parent)
 
 
 def needs_engines(config: Config) -> bool:

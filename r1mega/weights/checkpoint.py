@@ -113,7 +113,7 @@ def notices(state: State, layout: Layout, spec: Spec) -> list[str]:
             "numbers start from the seed"
         )
     if state.spec.mtp and not spec.mtp:
-        found.append("the MTP layers are left out from here on (learner.mtp_loss_weight=0)")
+        found.append("its MTP layers are left out")
     return found
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from r1mega.config import load
 from r1mega.weights import checkpoint
-from r1mega.weights.manifest import CheckpointError, verify
 from tests.distributed.launch import run_ranks
 
 AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]
@@ -117,53 +116,13 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(finished: Path, tmp_pat
     assert "weights-00000.safetensors is damaged" in skipped[0]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "optimizer-00000.safetensors"])
-def test_a_checkpoint_with_a_missing_file_is_not_whole(
-    name: str, finished: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "step_000004"
-    shutil.copytree(finished / "checkpoints/step_000004", folder)
-    (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=name):
-        verify(folder)
-
-
 def test_what_a_kill_leaves_behind_is_not_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "checkpoints/step_000002", tmp_path / ".step_000002.partial")
     assert checkpoint.newest(tmp_path) == (None, [])
 
 
-@pytest.mark.parametrize(
-    ("axes", "more", "sentence"),
-    [
-        (
-            ONE_RANK,
-            "model.hidden_size=32",
-            "is a checkpoint of another model: hidden_size was 64, is 32",
-        ),
-        (AXES, "seed=1", "was written under another layout .world was 1, is 4"),
-    ],
-    ids=["another model", "another layout"],
-)
-def test_resume_refuses(
-    axes: list[str], more: str, sentence: str, finished: Path, tmp_path: Path
-) -> None:
+def test_resume_refuses_another_network(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
+    sentence = "is a checkpoint of another model: hidden_size was 64, is 32"
     with pytest.raises(AssertionError, match=sentence):
-        run(tmp_path, "learner.precision=fp32", "stage.steps=5", more, axes=axes)
-
-
-@pytest.mark.parametrize(
-    ("axes", "before", "after"),
-    [
-        (ONE_RANK, MTP, MTP[:1]),  # its ranges are whole: only the MTP layers would be dropped
-        (CP_AXES, [], GATHER),
-    ],
-    ids=["MTP layers", "buckets"],
-)
-def test_resume_refuses_an_optimizer_that_owns_other_parts(
-    axes: list[str], before: list[str], after: list[str], tmp_path: Path
-) -> None:
-    run(tmp_path, "stage.steps=2", *before, axes=axes)
-    with pytest.raises(AssertionError, match="it was written with other buckets"):
-        run(tmp_path, "stage.steps=4", *after, axes=axes)
+        run(tmp_path, "learner.precision=fp32", "stage.steps=5", "model.hidden_size=32")

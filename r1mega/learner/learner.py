@@ -6,7 +6,7 @@ layout or on how sequences are packed, because the loss is a sum of globally wei
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -105,12 +105,15 @@ class Learner:
         finally:
             self.weights.swap(reference)
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+    def hf_tensors(
+        self, names: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, Tensor | None]]:
         """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end.
 
-        Without its MTP layers: engines sample from the trunk.
+        Those in ``names``, or all but of its MTP layers: engines sample from the trunk.
         """
-        return hf_tensors(self.weights, self.policy_names, device=self.backend.device)
+        wanted = self.policy_names if names is None else names
+        return hf_tensors(self.weights, wanted, device=self.backend.device)
 
     def pack(self, batch: Batch) -> Partition:
         """Which sequences go to which rank and microbatch: the same answer on every rank."""

@@ -4,9 +4,9 @@ All ranks of the learner call a carrier alike. It moves weights and nothing else
 became of an engine that failed and what it holds in the end is ``publish``'s and ``proof``'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from r1mega.rollout import control
 from r1mega.rollout.fleet import EngineHandle
@@ -44,8 +44,14 @@ class Carrier(Protocol):
         """Forget every group there is with engines; after a failure, and at the end."""
 
 
-def post_all(engines: Sequence[EngineHandle], route: str, *, timeout_s: float) -> None:
-    """An empty POST to every engine; raises CarryFailed."""
+def post_all(
+    engines: Sequence[EngineHandle],
+    route: str,
+    body: Mapping[str, Any] | None = None,
+    *,
+    timeout_s: float,
+) -> None:
+    """The same POST to every engine at once; raises CarryFailed."""
     urls = [engine.url for engine in engines]
-    if failures := control.post_each(urls, route, {}, timeout_s=timeout_s):
+    if failures := control.post_each(urls, route, body or {}, timeout_s=timeout_s):
         raise CarryFailed(failures)

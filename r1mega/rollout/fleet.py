@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from r1mega.rollout import control, transfer
+from r1mega.rollout import control
 from r1mega.rollout.router import RouterClient
-from r1mega.rollout.transfer import Transfer
 from r1mega.system import files, processes
 
 log = logging.getLogger(__name__)
@@ -47,21 +46,12 @@ class Fleet:
         router: RouterClient,
         *,
         logs: Path,
-        host: str = "127.0.0.1",
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        compares_checksums: bool = True,
     ) -> None:
-        self.compares_checksums = compares_checksums  # SGLang hashes fused names: no
-        self.timeout_s = timeout_s
         self._folder = folder
         self._router = router
         self._logs = logs
-        self._host = host
-        self._backend = backend
         self._versions: dict[EngineHandle, int] = {}
-        self._quarantined: set[EngineHandle] = set()
-        self._transfer: Transfer | None = None
+        self._quarantined: dict[EngineHandle, str] = {}  # and why
 
     def engines(self) -> list[EngineHandle]:
         """The engines that the launcher says are alive."""
@@ -83,9 +73,12 @@ class Fleet:
         return {engine for engine, answered in zip(engines, replies, strict=True) if answered}
 
     def wait_ready(self, count: int, timeout_s: float) -> list[EngineHandle]:
-        """Wait until ``count`` engines are usable."""
+        """Wait until ``count`` engines are usable; an engine in quarantine will not be."""
         deadline = time.monotonic() + timeout_s
         while len(usable := self.usable()) < count:
+            present = self.engines()
+            if len(present) == len(self._expected()) and not set(present) - set(self._quarantined):
+                raise FleetNotReady(f"every engine is in quarantine: {self._reasons(present)}")
             if time.monotonic() > deadline:
                 raise FleetNotReady(self._who_is_missing(usable, count, timeout_s))
             time.sleep(0.2)
@@ -93,14 +86,20 @@ class Fleet:
 
     def _who_is_missing(self, usable: list[EngineHandle], count: int, timeout_s: float) -> str:
         present = {engine.name for engine in usable}
-        expected = {path.stem for path in self._logs.glob("engine-*.log")}
-        missing = sorted(expected - present)
+        missing = sorted(self._expected() - present)
         ends = [f"{name}: {processes.last_lines(self._log(name), 5)}" for name in missing]
         return (
             f"{len(present)} of {count} engines answered within {timeout_s:.0f} s; "
             f"missing: {', '.join(missing) or 'never started'}; logs are in {self._logs}\n"
             + "\n".join(ends)
         )
+
+    def _expected(self) -> set[str]:
+        """The engines that were ever started."""
+        return {path.stem for path in self._logs.glob("engine-*.log")}
+
+    def _reasons(self, engines: Sequence[EngineHandle]) -> str:
+        return "; ".join(f"{engine.name}: {self._quarantined[engine]}" for engine in engines)
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -126,24 +125,8 @@ class Fleet:
     def quarantine(self, engine: EngineHandle, reason: str) -> None:
         """Use ``engine`` no more in this life."""
         log.warning("%s (%s) is out until it is restarted: %s", engine.name, engine.url, reason)
-        self._quarantined.add(engine)
+        self._quarantined[engine] = reason
         self._versions.pop(engine, None)
-
-    def join(self, engines: Sequence[EngineHandle]) -> Transfer:
-        """The group with exactly ``engines``: the one there is, or a new one."""
-        urls = tuple(engine.url for engine in engines)
-        if self._transfer is None or self._transfer.urls != urls:
-            self.leave()
-            self._transfer = transfer.join(
-                urls, host=self._host, backend=self._backend, timeout_s=self.timeout_s
-            )
-        return self._transfer
-
-    def leave(self) -> None:
-        """Dissolve the group, if there is one."""
-        if self._transfer is not None:
-            self._transfer.leave()
-            self._transfer = None
 
 
 def write_engine(folder: Path, engine: EngineHandle) -> None:

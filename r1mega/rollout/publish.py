@@ -1,38 +1,29 @@
-"""Send a new version of the weights to every engine, and prove that it arrived.
+"""Give every engine a new version of the weights, and admit only those that prove to hold it.
 
-Order, as SGLang 0.5.23 demands: join a group, /begin_weight_update, buckets broadcast tensor by
-tensor with the version on the last, /end_weight_update; then checksums of a seeded choice of
-tensors against what was sent. From the first byte until that proof an engine holds no version.
+A carrier (broadcast, p2p, disk) moves the weights; ``proof`` looks at what arrived. From the first
+byte until that proof an engine holds no version, and an engine that failed for a reason of its own
+is in quarantine: the router does not forward to it, so nothing is trained on what it says.
 
-The tensors come from a stream that all learner ranks produce together, so a broken publish reads
-the stream to its end before it raises ``SyncFailed``: a new one starts from scratch with the
-engines that are left. Nothing of the old version needs to be kept.
+All ranks of the learner publish together: rank 0 has the fleet and tells the others. A broken
+transfer is repeated from scratch with the engines that are left; nothing of the old version needs
+to be kept.
 """
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from r1mega.parallel.collectives import broadcast_record
+from r1mega.parallel.collectives import Team
 from r1mega.rollout import control
+from r1mega.rollout.carrier import Carried, Carrier, CarryFailed, Failures
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.fleet import EngineHandle, Fleet, FleetNotReady
-from r1mega.rollout.transfer import Failures, Transfer, TransferFailed
-from r1mega.rollout.wire import digest
+from r1mega.rollout.proof import Proof, Verdict
 
 log = logging.getLogger(__name__)
 
-_CHECK_ONE_IN = 8
-_CHECK_AT_MOST_BYTES = 1 << 30  # a second or two of hashing, however large the model
 _ATTEMPTS = 3
-
-Bucket = list[tuple[str, Tensor]]
+_CLOSE_TIMEOUT_S = 60.0
 
 
 class SyncFailed(RuntimeError):
@@ -41,14 +32,34 @@ class SyncFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """One successful publish. ``bytes`` counts the tensors once, not once per engine."""
+    """One successful publish."""
 
     version: int
-    bytes: int
-    tensors: int
-    checked: int  # tensors whose checksum was compared
-    engines: tuple[str, ...]
+    engines: tuple[str, ...]  # that hold it
+    bytes: int  # that arrived at engines, over all their ranks
+    minimum_bytes: int  # that had to arrive
+    point_to_point_bytes: int  # of those, sent to nobody else
+    verified: int  # parameters whose checksums were compared, over all engines
+    probe_difference: float  # of log-probs, the largest of any engine
+    probe_seconds: float
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """The engines to give weights to, or why there are none."""
+
+    engines: tuple[EngineHandle, ...] = ()
+    failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Passage:
+    """How carrying went on one rank of the learner."""
+
+    carried: Carried = field(default_factory=Carried)
+    failures: Failures | None = None  # None: it did not fail
+    summary: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,154 +70,124 @@ class _Outcome:
     failure: str = ""
 
 
-@dataclass(kw_only=True, slots=True)
-class _Sent:
-    """What went out, for the report and the proof."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publisher:
+    """Every rank of the learner, the ``team``, has one and calls it alike."""
 
-    bytes: int = 0
-    tensors: int = 0
-    digests: dict[str, str] = field(default_factory=dict)
-    digested_bytes: int = 0
+    fleet: Fleet | None  # on rank 0
+    carrier: Carrier
+    proof: Proof
+    team: Team
+    engine_bytes: int  # that the ranks of one engine have to receive at least
+    engine_timeout_s: float
 
-    def note(self, bucket: Bucket, version: int) -> None:
-        for name, tensor in bucket:
-            self.tensors += 1
-            self.bytes += tensor.nbytes
-            if _is_checked(name, version) and self.digested_bytes < _CHECK_AT_MOST_BYTES:
-                self.digests[name] = digest(tensor)
-                self.digested_bytes += tensor.nbytes
+    def publish(self, version: int) -> SyncReport:
+        """The same report on every rank, or the same SyncFailed.
 
+        A broken attempt is repeated with the engines that are left, or with one that comes back
+        within ``engine_timeout_s``.
+        """
+        outcome = _Outcome()
+        for _ in range(_ATTEMPTS):
+            outcome = self._attempt(version)
+            if outcome.report is not None:
+                return outcome.report
+            if self.fleet is not None:
+                log.warning("publishing version %d failed: %s", version, outcome.failure)
+        raise SyncFailed(
+            f"weights {version} reached no engine in {_ATTEMPTS} attempts: {outcome.failure}"
+        )
 
-def publish_from_all_ranks(
-    fleet: Fleet | None,
-    stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
-    version: int,
-    bucket_bytes: int,
-    *,
-    engine_timeout_s: float,
-    device: torch.device,
-) -> SyncReport:
-    """Publish from every rank of the learner; only rank 0 has the fleet and the whole tensors.
+    def close(self) -> None:
+        """Leave the engines to themselves."""
+        self.carrier.abandon()
 
-    All ranks return the same report or raise the same error. A broken publish is repeated with the
-    engines that are left, or with one that comes back within ``engine_timeout_s``.
-    """
-    outcome = _Outcome()
-    for _ in range(_ATTEMPTS):
-        outcome = _attempt(fleet, stream(), version, bucket_bytes, engine_timeout_s)
-        if (world := dist.group.WORLD) is not None:
-            outcome = broadcast_record(outcome, _Outcome, source=0, group=world, device=device)
-        if outcome.report is not None:
-            return outcome.report
-    raise SyncFailed(
-        f"weights {version} reached no engine in {_ATTEMPTS} attempts: {outcome.failure}"
-    )
+    def _attempt(self, version: int) -> _Outcome:
+        started = time.monotonic()
+        call = self.team.told(self._call() if self.fleet else _Call(), _Call)
+        if not call.engines:
+            return _Outcome(failure=call.failure)
+        passages = self.team.gathered(self._carry(call.engines, version), _Passage)
+        if any(passage.failures is not None for passage in passages):
+            self.carrier.abandon()
+            return self.team.told(self._blamed(call.engines, passages), _Outcome)
+        verdict = self.proof.check(call.engines, version)
+        outcome = _Outcome()
+        if self.fleet is not None:
+            failure = _admit(self.fleet, call.engines, verdict, version)
+            report = (
+                None if failure else self._report(call.engines, passages, verdict, version, started)
+            )
+            outcome = _Outcome(report=report, failure=failure)
+        return self.team.told(outcome, _Outcome)
 
+    def _report(
+        self,
+        engines: tuple[EngineHandle, ...],
+        passages: list[_Passage],
+        verdict: Verdict,
+        version: int,
+        started: float,
+    ) -> SyncReport:
+        sound = tuple(engine.name for engine in engines if engine.url not in verdict.failures)
+        return SyncReport(
+            version=version,
+            engines=sound,
+            bytes=sum(passage.carried.bytes for passage in passages),
+            minimum_bytes=self.engine_bytes * len(engines),
+            point_to_point_bytes=sum(p.carried.point_to_point_bytes for p in passages),
+            verified=verdict.verified,
+            probe_difference=verdict.probe_difference,
+            probe_seconds=verdict.probe_seconds,
+            seconds=time.monotonic() - started,
+        )
 
-def _attempt(
-    fleet: Fleet | None,
-    tensors: Iterator[tuple[str, Tensor | None]],
-    version: int,
-    bucket_bytes: int,
-    engine_timeout_s: float,
-) -> _Outcome:
-    """The report, or why there is none."""
-    try:
-        if fleet is None:
+    def _call(self) -> _Call:
+        """From here on they hold no version."""
+        assert self.fleet is not None
+        try:
+            engines = self.fleet.wait_ready(1, self.engine_timeout_s)
+        except FleetNotReady as error:
+            return _Call(failure=str(error))
+        self.fleet.set_version(engines, None)
+        return _Call(engines=tuple(engines))
+
+    def _carry(self, engines: tuple[EngineHandle, ...], version: int) -> _Passage:
+        try:
+            return _Passage(carried=self.carrier.carry(engines, version))
+        except CarryFailed as error:
+            return _Passage(failures=error.failures, summary=str(error))
+
+    def _blamed(self, engines: tuple[EngineHandle, ...], passages: list[_Passage]) -> _Outcome:
+        """Whose fault it was, into quarantine; on rank 0."""
+        if self.fleet is None:
             return _Outcome()
-        fleet.wait_ready(1, engine_timeout_s)
-        return _Outcome(report=publish(fleet, _present(tensors), version, bucket_bytes))
-    except (FleetNotReady, SyncFailed) as error:
-        log.warning("publishing version %d failed: %s", version, error)
-        return _Outcome(failure=str(error))
-    finally:
-        _exhaust(tensors)
+        failed = [passage for passage in passages if passage.failures is not None]
+        failures = {url: why for passage in failed for url, why in (passage.failures or {}).items()}
+        blamed = _quarantine_culprits(self.fleet, engines, failures)
+        return _Outcome(failure="; ".join(blamed) or failed[0].summary)
 
 
-def publish(
-    fleet: Fleet, tensors: Iterator[tuple[str, Tensor]], version: int, bucket_bytes: int
-) -> SyncReport:
-    """Send ``tensors`` to all usable engines and admit exactly those to the router."""
-    started = time.monotonic()
+def _admit(fleet: Fleet, engines: tuple[EngineHandle, ...], verdict: Verdict, version: int) -> str:
+    """Have the router forward to exactly those that passed; why that cannot be, or nothing."""
+    sound = [engine for engine in engines if engine.url not in verdict.failures]
+    for engine in engines:
+        if engine not in sound:
+            fleet.quarantine(engine, verdict.failures[engine.url])
+    fleet.set_version(sound, version)
     try:
-        engines = fleet.usable()
-        if not engines:
-            raise SyncFailed("no engine answers")
-        fleet.set_version(engines, None)
-        sent = _send_all(fleet, engines, tensors, version, bucket_bytes)
-        if fleet.compares_checksums:
-            _compare_checksums(engines, sent.digests, fleet.timeout_s)
-        fleet.set_version(engines, version)
         fleet.admit(version)
-    except TransferFailed as error:
-        culprits = _quarantine_culprits(fleet, engines, error.failures)
-        raise SyncFailed("; ".join(culprits) or str(error)) from error
     except CallFailed as error:  # the router: the engines are blameless
-        raise SyncFailed(str(error)) from error
-    finally:
-        _exhaust(tensors)
-    return SyncReport(
-        version=version,
-        bytes=sent.bytes,
-        tensors=sent.tensors,
-        checked=len(sent.digests) if fleet.compares_checksums else 0,
-        engines=tuple(engine.name for engine in engines),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _send_all(
-    fleet: Fleet,
-    engines: list[EngineHandle],
-    tensors: Iterator[tuple[str, Tensor]],
-    version: int,
-    bucket_bytes: int,
-) -> _Sent:
-    sent = _Sent()
-    group = fleet.join(engines)
-    _post_all(fleet, group, "/begin_weight_update")
-    for bucket, is_last in _with_last_marked(_buckets(tensors, bucket_bytes)):
-        group.send(bucket, version=version if is_last else None)
-        sent.note(bucket, version)
-    _post_all(fleet, group, "/end_weight_update")
-    return sent
-
-
-def _post_all(fleet: Fleet, group: Transfer, route: str) -> None:
-    if failures := control.post_each(group.urls, route, {}, timeout_s=fleet.timeout_s):
-        raise TransferFailed(failures)
-
-
-def _compare_checksums(
-    engines: list[EngineHandle], digests: dict[str, str], timeout_s: float
-) -> None:
-    found = {engine.url: _difference(engine, digests, timeout_s) for engine in engines}
-    if wrong := {url: why for url, why in found.items() if why is not None}:
-        raise TransferFailed(wrong)
-
-
-def _difference(engine: EngineHandle, digests: dict[str, str], timeout_s: float) -> str | None:
-    """What is wrong with the weights that ``engine`` holds."""
-    url = f"{engine.url}/weights_checker"
-    try:
-        answer = control.post(url, {"action": "checksum"}, timeout_s=timeout_s)
-    except CallFailed as error:
         return str(error)
-    held = answer["ranks"][0]["checksums"]
-    bad = [name for name, sent in digests.items() if held.get(name) != sent]
-    if not bad:
-        return None
-    return (
-        f"it holds other values than were sent in {len(bad)} of {len(digests)} tensors compared, "
-        f"the first is {bad[0]}"
-    )
+    if sound:
+        return ""
+    return "; ".join(f"{engine.name}: {verdict.failures[engine.url]}" for engine in engines)
 
 
 def _quarantine_culprits(
-    fleet: Fleet, engines: list[EngineHandle], failures: Failures
+    fleet: Fleet, engines: tuple[EngineHandle, ...], failures: Failures
 ) -> list[str]:
     """Whose fault it was. A dead engine breaks the group of all: others only if nobody is dead."""
-    fleet.leave()
     alive = fleet.healthy(engines)
     if len(alive) < len(engines):
         guilty = {engine: "does not answer" for engine in engines if engine not in alive}
@@ -216,55 +197,13 @@ def _quarantine_culprits(
         if engine in guilty:
             fleet.quarantine(engine, guilty[engine])
         else:
-            _close_session(fleet, engine)
+            _close_session(engine)
     return [f"{engine.name}: {reason}" for engine, reason in guilty.items()]
 
 
-def _close_session(fleet: Fleet, engine: EngineHandle) -> None:
+def _close_session(engine: EngineHandle) -> None:
     """Leave the engine ready for the next /begin_weight_update."""
     try:
-        control.post(f"{engine.url}/end_weight_update", {}, timeout_s=fleet.timeout_s)
+        control.post(f"{engine.url}/end_weight_update", {}, timeout_s=_CLOSE_TIMEOUT_S)
     except CallFailed as error:
         log.info("%s had no update to close: %s", engine.name, error)
-
-
-def _is_checked(name: str, version: int) -> bool:
-    """Other tensors for each version, so that in time all of them are checked."""
-    return hashlib.sha256(f"{version}/{name}".encode()).digest()[0] % _CHECK_ONE_IN == 0
-
-
-def _buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Consecutive tensors of at most ``bucket_bytes`` together; a larger tensor goes alone."""
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def _with_last_marked(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
-    held = next(buckets, None)
-    for bucket in buckets:
-        assert held is not None
-        yield held, False
-        held = bucket
-    if held is not None:
-        yield held, True
-
-
-def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        if tensor is None:
-            raise ValueError(f"rank 0 publishes, but it has no tensor for {name}")
-        yield name, tensor
-
-
-def _exhaust(tensors: Iterator[object]) -> None:
-    """The other ranks of the learner are in the same stream."""
-    for _ in tensors:
-        pass

@@ -1,4 +1,4 @@
-"""The collective group that carries weights: rank 0 of the learner, then one rank per engine.
+"""The collective group that carries weights: rank 0 of the learner, then the ranks of each engine.
 
 It exists beside the learner's own groups. Invariant: no call here waits longer than the group's
 timeout, whatever an engine does. An engine that refuses a call is told to leave the group, and we
@@ -6,29 +6,26 @@ leave it when a broadcast breaks: either way the closed connections end everybod
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.rollout import control
+from r1mega.rollout.carrier import CarryFailed
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.wire import join_group
 from r1mega.system import processes
 
 _JOIN_TIMEOUT_S = 60.0
+# A broadcast costs as much as so many bytes: smaller tensors go together in one.
+_SMALL_BYTES = 1 << 20
 
-Failures = dict[str, str]  # engine URL -> what it did wrong
-
-
-class TransferFailed(Exception):
-    """The group is broken. ``failures`` may name an engine that only saw another one die."""
-
-    def __init__(self, failures: Failures, summary: str = "") -> None:
-        super().__init__(next(iter(failures.values()), summary))
-        self.failures = failures
+Bucket = list[tuple[str, Tensor]]
 
 
 class Transfer:
@@ -42,17 +39,21 @@ class Transfer:
         self._timeout_s = timeout_s
         self._group: dist.ProcessGroup | None = group
 
-    def send(self, bucket: Sequence[tuple[str, Tensor]], *, version: int | None) -> None:
-        """Broadcast ``bucket`` to all engines; ``version`` comes with the last one."""
-        body = _update_body(bucket, self._name, version)
-        with ThreadPoolExecutor(len(self.urls)) as pool:
-            answers = {url: pool.submit(self._announce, url, body) for url in self.urls}
-            broken = self._broadcast([tensor for _, tensor in bucket])
-            if broken is not None:
-                self.close()  # before waiting for the engines, which wait for us
-        failures = {url: why for url, answer in answers.items() if (why := answer.result())}
-        if broken is not None or failures:
-            raise TransferFailed(failures, broken or "")
+    def send(self, bucket: Bucket, *, version: int | None) -> "Sending":
+        """Start to broadcast ``bucket``; ``version`` comes with the last one."""
+        if flat := sum(tensor.nbytes for _, tensor in bucket) < len(bucket) * _SMALL_BYTES:
+            # in one piece every tensor has to begin at a multiple of its item size
+            bucket = sorted(bucket, key=lambda item: -item[1].itemsize)
+        body = _update_body(bucket, self._name, version, flat=flat)
+        pool = ThreadPoolExecutor(len(self.urls))
+        answers = {url: pool.submit(self._announce, url, body) for url in self.urls}
+        pool.shutdown(wait=False)
+        tensors = [tensor.contiguous() for _, tensor in bucket]
+        return Sending(self, answers, [_flattened(tensors)] if flat else tensors)
+
+    def broadcast(self, tensor: Tensor) -> "dist.Work":
+        work: dist.Work = dist.broadcast(tensor, src=0, group=self._group, async_op=True)
+        return work
 
     def _announce(self, url: str, body: dict[str, Any]) -> str | None:
         try:
@@ -62,19 +63,6 @@ class Transfer:
         except CallFailed as error:
             self._ask_to_leave([url])
             return str(error)
-        return None
-
-    def _broadcast(self, tensors: list[Tensor]) -> str | None:
-        try:
-            # all in flight at once: the latency of one, not of each
-            works = [
-                dist.broadcast(tensor, src=0, group=self._group, async_op=True)
-                for tensor in (tensor.contiguous() for tensor in tensors)
-            ]
-            for work in works:
-                work.wait()
-        except RuntimeError as error:  # what torch.distributed raises for a lost peer or a timeout
-            return f"the broadcast to the engines broke: {error}"
         return None
 
     def leave(self) -> None:
@@ -94,16 +82,52 @@ class Transfer:
         control.post_each(urls, "/destroy_weights_update_group", body, timeout_s=timeout_s)
 
 
-def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> Transfer:
-    """Make the group: each engine joins on request while we wait for it as rank 0."""
+class Sending:
+    """A bucket on its way to the engines of ``transfer``; all its tensors at once."""
+
+    def __init__(
+        self, transfer: Transfer, answers: "dict[str, Future[str | None]]", tensors: list[Tensor]
+    ) -> None:
+        self._transfer = transfer
+        self._answers = answers
+        self._tensors = tensors  # alive until they are sent
+        self._broken = ""
+        with self._noting_a_break():
+            self._works = [transfer.broadcast(tensor) for tensor in tensors]
+
+    def wait(self) -> None:
+        """Until every engine has loaded it; raises CarryFailed."""
+        if not self._broken:
+            with self._noting_a_break():
+                for work in self._works:
+                    work.wait()
+        if self._broken:
+            self._transfer.close()  # before waiting for the engines, which wait for us
+        failures = {url: why for url, answer in self._answers.items() if (why := answer.result())}
+        if self._broken or failures:
+            raise CarryFailed(failures, self._broken)
+
+    @contextmanager
+    def _noting_a_break(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what torch.distributed raises for a lost peer or a timeout
+            self._broken = f"the broadcast to the engines broke: {error}"
+
+
+def join(
+    urls: Sequence[str], *, ranks_per_engine: int, host: str, backend: str, timeout_s: float
+) -> Transfer:
+    """Make the group: each engine joins on request, all its ranks, while we wait as rank 0."""
+    world_size = 1 + ranks_per_engine * len(urls)
     name = f"weights-{uuid.uuid4().hex[:12]}"
     port = processes.free_port(host)
     bodies = [
         {
             "master_address": host,
             "master_port": port,
-            "rank_offset": 1 + index,
-            "world_size": 1 + len(urls),
+            "rank_offset": 1 + ranks_per_engine * index,
+            "world_size": world_size,
             "group_name": name,
             "backend": backend,
         }
@@ -115,7 +139,7 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
         address=host,
         port=port,
         rank=0,
-        world_size=1 + len(urls),
+        world_size=world_size,
         name=name,
         backend=backend,
         join_timeout_s=_JOIN_TIMEOUT_S,
@@ -135,7 +159,7 @@ def join(urls: Sequence[str], *, host: str, backend: str, timeout_s: float) -> T
     failures = {url: str(e) for url, answer in answers.items() if (e := _failure_of(answer))}
     broken = _failure_of(joined)
     if failures or broken is not None:
-        raise TransferFailed(failures, f"no group with {len(urls)} engines: {broken}")
+        raise CarryFailed(failures, f"no group with {len(urls)} engines: {broken}")
     return Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=joined.result())
 
 
@@ -143,14 +167,20 @@ def _failure_of(future: "Future[Any]") -> BaseException | None:
     return future.exception() if future.done() else None
 
 
+def _flattened(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
+
+
 def _update_body(
-    bucket: Sequence[tuple[str, Tensor]], group_name: str, version: int | None
+    bucket: Bucket, group_name: str, version: int | None, *, flat: bool = False
 ) -> dict[str, Any]:
     body: dict[str, Any] = {
         "names": [name for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
         "shapes": [list(tensor.shape) for _, tensor in bucket],
         "group_name": group_name,
-        "flush_cache": True,
+        "flush_cache": version is not None,
     }
+    if flat:
+        body["load_format"] = "flattened_bucket"
     return body if version is None else {**body, "weight_version": str(version)}

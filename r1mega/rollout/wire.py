@@ -1,11 +1,8 @@
-"""What trainer and engine do alike in a weight update: join the group, hash a tensor."""
+"""What trainer and engine do alike in a weight update: they join a group."""
 
-import hashlib
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 
@@ -47,9 +44,3 @@ def join_group(
         raise RuntimeError(f"rank {rank} is not part of group {name!r}")
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of the values as float32, row-major, little-endian."""
-    values = tensor.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().astype("<f4", copy=False).data).hexdigest()

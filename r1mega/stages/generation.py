@@ -14,7 +14,7 @@ from r1mega.parallel.groups import Groups
 from r1mega.records import Prompt, Sampling
 from r1mega.rewards.compose import compose
 from r1mega.rollout.fleet import Fleet
-from r1mega.rollout.publish import publish_from_all_ranks
+from r1mega.rollout.publish import Publisher
 from r1mega.rollout.replay import (
     read_rollout,
     read_routed_experts,
@@ -24,6 +24,7 @@ from r1mega.rollout.replay import (
 )
 from r1mega.rollout.router import read_router
 from r1mega.rollout.sampler import HttpSampler, SamplingFailed
+from r1mega.stages.publishing import open_publisher
 from r1mega.stages.worker import Worker
 from r1mega.system.stopwatch import Stopwatch
 
@@ -37,6 +38,7 @@ class Generation:
     worker: Worker
     drawer: Drawer
     fleet: Fleet | None
+    publisher: Publisher
     stop_token_ids: tuple[int, ...]
     version: int = 0  # last published
 
@@ -92,22 +94,19 @@ class Generation:
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the policy to every engine as ``version``; from then on only it is accepted."""
-        config = self.worker.config
-        report = publish_from_all_ranks(
-            self.fleet,
-            self.worker.learner.hf_tensors,
-            version,
-            config.rollout.sync_bucket_mb << 20,
-            engine_timeout_s=config.rollout.engine_start_timeout_s,
-            device=self.worker.backend.device,
-        )
+        report = self.publisher.publish(version)
         self.version = version
         if self.drawer.sampler is not None:
             self.drawer.sampler.expected_version = version
         return {
             "sync/bytes": float(report.bytes),
-            "sync/seconds": report.seconds,
+            "sync/minimum_bytes": float(report.minimum_bytes),
+            "sync/p2p_bytes": float(report.point_to_point_bytes),
             "sync/engines": float(len(report.engines)),
+            "sync/verified": float(report.verified),
+            "sync/probe_difference": report.probe_difference,
+            "sync/probe_seconds": report.probe_seconds,
+            "sync/seconds": report.seconds,
         }
 
 
@@ -164,18 +163,10 @@ def open_generation(
         )
         reward = compose(config.rewards)
     if groups.rank == 0:
-        fleet = Fleet(
-            worker.directory.fleet,
-            router,
-            logs=worker.directory.logs,
-            host=config.cluster.host,
-            backend=worker.backend.collective,
-            # The other ranks wait for rank 0 in a collective: it must give up well before them.
-            timeout_s=config.cluster.collective_timeout_s / 4,
-            compares_checksums=rollout.engine == "embedded",
-        )
+        fleet = Fleet(worker.directory.fleet, router, logs=worker.directory.logs)
         # The launcher registers engines as they come up; the first publish wants all of them.
         fleet.wait_ready(rollout.engines, rollout.engine_start_timeout_s)
+    publisher = open_publisher(worker, fleet)
     try:
         yield Generation(
             worker=worker,
@@ -187,10 +178,10 @@ def open_generation(
                 watch=watch,
             ),
             fleet=fleet,
+            publisher=publisher,
             stop_token_ids=stop_token_ids,
         )
     finally:
         if reward is not None:
             reward.close()
-        if fleet is not None:
-            fleet.leave()
+        publisher.close()

@@ -46,13 +46,9 @@ class RunningFleet:
     router: Process
     engines: dict[str, Process] = field(default_factory=dict)
 
-    def client(self, **changes: object) -> Fleet:
-        return Fleet(
-            self.folder / "fleet",
-            RouterClient(self.router_url),
-            logs=self.folder / "logs",
-            **{"timeout_s": 60.0, **changes},  # type: ignore[arg-type]
-        )
+    def client(self) -> Fleet:
+        router = RouterClient(self.router_url)
+        return Fleet(self.folder / "fleet", router, logs=self.folder / "logs")
 
     def kill(self, name: str) -> None:
         """Kill an engine as the machine would, and see it dead."""
@@ -100,12 +96,12 @@ def running_fleet(folder: Path, num_engines: int) -> Iterator[RunningFleet]:
         processes.end([router, *fleet.engines.values()], grace_s=5)
 
 
-def weights(seed: int) -> dict[str, torch.Tensor]:
-    """Random weights of ``MODEL`` by Hugging Face's names."""
+def weights(seed: int, model: Model = MODEL) -> dict[str, torch.Tensor]:
+    """Random weights by Hugging Face's names."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * 0.1
-        for name, shape in hf_shapes(MODEL).items()
+        for name, shape in hf_shapes(model).items()
     }
 
 

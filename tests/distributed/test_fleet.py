@@ -10,10 +10,10 @@ import pytest
 
 from r1mega.records import Sampling
 from r1mega.rollout.fleet import FleetNotReady
-from r1mega.rollout.publish import publish
 from r1mega.rollout.router import RouterClient
 from r1mega.rollout.sampler import HttpSampler, SamplingFailed
-from tests.distributed.fleets import SAMPLING, RunningFleet, requests, running_fleet, weights
+from tests.distributed.fleets import SAMPLING, RunningFleet, requests, running_fleet
+from tests.distributed.publishing import Source, broadcast, publisher
 
 LONG = Sampling(temperature=1.0, max_tokens=80, stop_token_ids=())
 
@@ -32,8 +32,9 @@ def make_sampler(fleet: RunningFleet, **changes: object) -> HttpSampler:
 def publish_once(fleet: RunningFleet, version: int = 1) -> None:
     client = fleet.client()
     client.wait_ready(2, 60)
-    publish(client, iter(weights(seed=version).items()), version, 100_000)
-    client.leave()
+    published = publisher(client, broadcast(Source(seed=version)))
+    published.publish(version)
+    published.close()
 
 
 def test_same_seeds_give_the_same_samples_in_request_order(fleet: RunningFleet) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,18 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from r1mega.parallel.collectives import Team
 from r1mega.rollout import control
-from r1mega.rollout.fleet import Fleet
-from r1mega.rollout.publish import SyncFailed, SyncReport, publish
-from r1mega.rollout.publish import publish_from_all_ranks as publish_all
+from r1mega.rollout.broadcast import Stream
+from r1mega.rollout.carrier import CarryFailed
+from r1mega.rollout.checksum import cpu_checksum
+from r1mega.rollout.fleet import EngineHandle, Fleet
+from r1mega.rollout.proof import Proof
+from r1mega.rollout.publish import SyncFailed
 from r1mega.rollout.router import RouterClient
-from r1mega.rollout.transfer import TransferFailed, _update_body
-from r1mega.rollout.wire import digest
+from r1mega.rollout.transfer import _update_body
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
-
-BUCKET = 50_000  # about ten buckets
-CPU = torch.device("cpu")
+from tests.distributed.publishing import Source, broadcast, checksums, publisher
 
 
 @pytest.fixture
@@ -34,11 +35,10 @@ def fleet(tmp_path: Path) -> Iterator[RunningFleet]:
 
 
 @pytest.fixture
-def client(fleet: RunningFleet) -> Iterator[Fleet]:
+def client(fleet: RunningFleet) -> Fleet:
     fleet_client = fleet.client()
     fleet_client.wait_ready(2, 60)
-    yield fleet_client
-    fleet_client.leave()
+    return fleet_client
 
 
 def version_of(url: str) -> str:
@@ -51,7 +51,7 @@ def held_by(url: str) -> dict[str, str]:
 
 
 def digests(seed: int) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in weights(seed).items()}
+    return {name: cpu_checksum(tensor) for name, tensor in weights(seed).items()}
 
 
 def admitted(fleet: RunningFleet) -> set[str]:
@@ -61,59 +61,72 @@ def admitted(fleet: RunningFleet) -> set[str]:
 def test_versions_and_checksums_of_two_engines(fleet: RunningFleet, client: Fleet) -> None:
     engines = client.engines()
     assert admitted(fleet) == set()
-    for version in (1, 2):
-        sent = weights(seed=version)
-        report = publish(client, iter(sent.items()), version, BUCKET)
+    source = Source()
+    carrier = broadcast(source)
+    published = publisher(client, carrier, Proof(checksums=checksums(source)))
+    for source.seed in (1, 2):
+        version, sent = source.seed, source.tensors
+        report = published.publish(version)
         assert report.engines == ("engine-0", "engine-1")
-        assert report.bytes == sum(tensor.nbytes for tensor in sent.values())
-        assert (report.version, report.tensors) == (version, len(sent))
-        assert report.checked > 0
+        assert report.bytes == 2 * sum(tensor.nbytes for tensor in sent.values())
+        assert (report.version, report.point_to_point_bytes) == (version, 0)
+        assert report.minimum_bytes == report.bytes  # engines of one rank want all of it
+        assert 0 < report.verified < 2 * len(sent)
         for engine in engines:
             assert version_of(engine.url) == str(version)
             assert held_by(engine.url) == digests(seed=version)
         assert admitted(fleet) == {engine.url for engine in engines}
-
-
-def test_group_is_kept_while_the_engines_are_the_same(fleet: RunningFleet, client: Fleet) -> None:
-    publish(client, iter(weights(1).items()), 1, BUCKET)
-    first = client.join(client.engines())
-    publish(client, iter(weights(2).items()), 2, BUCKET)
-    assert client.join(client.engines()) is first
+    first = carrier.join(tuple(engines))  # kept while the engines are the same
     fleet.start_engine("engine-2")
-    report = publish(client, iter(weights(3).items()), 3, BUCKET)
+    report = published.publish(3)
     assert report.engines == ("engine-0", "engine-1", "engine-2")
-    assert client.join(client.engines()) is not first
+    assert carrier.join(tuple(client.engines())) is not first
     assert {version_of(engine.url) for engine in client.engines()} == {"3"}
 
 
 def test_bf16_payload_is_checked_against_float32_values(client: Fleet) -> None:
-    sent = {name: tensor.to(torch.bfloat16) for name, tensor in weights(1).items()}
-    assert publish(client, iter(sent.items()), 1, BUCKET).checked > 0
+    class Rounded(Source):
+        @property
+        def tensors(self) -> dict[str, torch.Tensor]:
+            return {name: tensor.bfloat16() for name, tensor in super().tensors.items()}
+
+    source = Rounded()
+    proof = Proof(checksums=checksums(source, "all"))
+    report = publisher(client, broadcast(source), proof).publish(1)
+    assert report.verified == 2 * len(source.tensors)
 
 
 def test_engine_dead_before_publish_is_left_out(fleet: RunningFleet, client: Fleet) -> None:
     fleet.kill("engine-0")
-    report = publish(client, iter(weights(1).items()), 1, BUCKET)
+    report = publisher(client, broadcast(Source())).publish(1)
     assert report.engines == ("engine-1",)
     assert admitted(fleet) == {client.engines()[1].url}
 
 
-def killing_at(position: int, pid: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    for index, item in enumerate(weights(seed).items()):
-        if index == position:
-            os.kill(pid, signal.SIGKILL)
-        yield item
+def interrupted(seed: int, position: int, interrupt: Callable[[], None]) -> Callable[[], Stream]:
+    """Streams of which the first is interrupted, each read to its end."""
+    streams = 0
+
+    def stream() -> Stream:
+        nonlocal streams
+        streams += 1
+        for index, item in enumerate(weights(seed).items()):
+            if streams == 1 and index == position:
+                interrupt()
+            yield item
+
+    return stream
 
 
-def test_engine_killed_between_buckets(fleet: RunningFleet, client: Fleet) -> None:
+def test_engine_killed_between_buckets(
+    fleet: RunningFleet, client: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
     zero, one = client.engines()
-    publish(client, iter(weights(1).items()), 1, BUCKET)
-    stream = killing_at(20, one.pid, seed=2)
-    with pytest.raises(SyncFailed, match=r"^engine-1: does not answer$"):
-        publish(client, stream, 2, BUCKET)
-    assert next(stream, None) is None  # read to the end: other ranks produce it with us
-    assert client.holding(1) == client.holding(2) == []  # half of version 2 is no version
-    report = publish(client, iter(weights(2).items()), 2, BUCKET)
+    publisher(client, broadcast(Source(1))).publish(1)
+    stream = interrupted(2, 20, lambda: os.kill(one.pid, signal.SIGKILL))
+    report = publisher(client, broadcast(stream)).publish(2)
+    assert "publishing version 2 failed: engine-1: does not answer" in caplog.text
+    assert client.holding(1) == []  # half of version 2 is no version
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
     assert admitted(fleet) == {zero.url}
@@ -121,17 +134,19 @@ def test_engine_killed_between_buckets(fleet: RunningFleet, client: Fleet) -> No
 
 def test_engine_killed_inside_a_broadcast(fleet: RunningFleet, client: Fleet) -> None:
     zero, one = client.engines()
-    publish(client, iter(weights(1).items()), 1, BUCKET)
+    publisher(client, broadcast(Source(1))).publish(1)
     os.kill(engine_process(one.pid), signal.SIGSTOP)  # it takes no more bytes
     killer = threading.Timer(3.0, os.kill, (one.pid, signal.SIGKILL))
     usable = client.usable
-    client.usable = lambda: [zero, one]  # type: ignore[method-assign]  # stopped after the probe
+
+    def stopped_after_the_probe() -> list[EngineHandle]:
+        client.usable = usable  # type: ignore[method-assign]
+        return [zero, one]
+
+    client.usable = stopped_after_the_probe  # type: ignore[method-assign]
     killer.start()
-    with pytest.raises(SyncFailed):
-        publish(client, iter(weights(2).items()), 2, BUCKET)
+    report = publisher(client, broadcast(Source(2))).publish(2)
     killer.join()
-    client.usable = usable  # type: ignore[method-assign]
-    report = publish(client, iter(weights(2).items()), 2, BUCKET)
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
 
@@ -140,14 +155,14 @@ def test_engine_killed_inside_a_broadcast(fleet: RunningFleet, client: Fleet) ->
 def test_engine_that_refuses_to_join_costs_no_wait(fleet: RunningFleet, client: Fleet) -> None:
     zero, one = client.engines()
     fleet.kill("engine-1")
-    with pytest.raises(TransferFailed, match="did not answer") as failure:
-        client.join([zero, one])
+    with pytest.raises(CarryFailed, match="did not answer") as failure:
+        broadcast(Source()).join((zero, one))
     assert list(failure.value.failures) == [one.url]
 
 
 def test_engine_waiting_for_a_tensor_is_freed_when_we_close(client: Fleet) -> None:
-    engines = client.engines()
-    group = client.join(engines)
+    engines = tuple(client.engines())
+    group = broadcast(Source()).join(engines)
     urls = [engine.url for engine in engines]
     assert control.post_each(urls, "/begin_weight_update", {}, timeout_s=30) == {}
     body = _update_body([("model.norm.weight", torch.zeros(64))], group._name, 1)
@@ -162,25 +177,15 @@ def test_engine_waiting_for_a_tensor_is_freed_when_we_close(client: Fleet) -> No
 
 @pytest.mark.slow
 def test_frozen_engine_costs_time_but_never_a_hang(
-    fleet: RunningFleet, monkeypatch: pytest.MonkeyPatch
+    fleet: RunningFleet, client: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1mega.rollout.fleet._HEALTH_TIMEOUT_S", 2.0)
-    client = fleet.client(timeout_s=2.0)
-    zero, one = client.wait_ready(2, 60)
-    publish(client, iter(weights(1).items()), 1, BUCKET)
-    stream = stopping_at(20, engine_process(one.pid), seed=2)
-    with pytest.raises(SyncFailed, match="engine-1: does not answer"):
-        publish(client, stream, 2, BUCKET)
-    report = publish(client, iter(weights(2).items()), 2, BUCKET)
+    zero, one = client.engines()
+    publisher(client, broadcast(Source(1), timeout_s=2.0)).publish(1)
+    stream = interrupted(2, 20, lambda: os.kill(engine_process(one.pid), signal.SIGSTOP))
+    report = publisher(client, broadcast(stream, timeout_s=2.0)).publish(2)
     assert report.engines == ("engine-0",)
     assert held_by(zero.url) == digests(seed=2)
-
-
-def stopping_at(position: int, pid: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    for index, item in enumerate(weights(seed).items()):
-        if index == position:
-            os.kill(pid, signal.SIGSTOP)
-        yield item
 
 
 def engine_process(keeper: int) -> int:
@@ -196,53 +201,34 @@ def engine_process(keeper: int) -> int:
 def test_refused_tensor_names_the_reason_and_keeps_the_old_weights(
     fleet: RunningFleet, client: Fleet
 ) -> None:
-    publish(client, iter(weights(1).items()), 1, 1 << 30)
-    wrong = {**weights(2), "model.norm.weight": torch.zeros(3)}
-    with pytest.raises(SyncFailed, match=r"model.norm.weight.* has shape \[64\] here"):
-        publish(client, iter(wrong.items()), 2, 1 << 30)
+    publisher(client, broadcast(Source(1))).publish(1)
+    wrong = {**weights(2), "model.embed_tokens.weight": torch.zeros(3)}  # in the first bucket
+    published = publisher(client, broadcast(lambda: iter(wrong.items())))
+    reason = r"every engine is in quarantine: engine-0: .*embed_tokens.* has shape \[64, 64\] here"
+    with pytest.raises(SyncFailed, match=reason):
+        published.publish(2)
     assert {version_of(engine.url) for engine in client.engines()} == {"1"}
-    with pytest.raises(SyncFailed, match="no engine answers"):  # both are in quarantine
-        publish(client, iter(weights(2).items()), 2, BUCKET)
-
-
-def test_engine_that_lost_bytes_is_found_by_its_checksums(
-    client: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("r1mega.rollout.publish.digest", lambda tensor: "0" * 64)
-    with pytest.raises(SyncFailed, match="engine-0: it holds other values than were sent in"):
-        publish(client, iter(weights(1).items()), 1, BUCKET)
     assert client.usable() == []
 
 
 def test_restarted_engine_stays_out_until_the_next_publish(
     fleet: RunningFleet, client: Fleet
 ) -> None:
-    publish(client, iter(weights(1).items()), 1, BUCKET)
+    publisher(client, broadcast(Source(1))).publish(1)
     fleet.kill("engine-0")
     fleet.start_engine("engine-0", incarnation=1)
     assert [engine.name for engine in client.admit(1)] == ["engine-1"]
-    report = publish(client, iter(weights(2).items()), 2, BUCKET)
+    report = publisher(client, broadcast(Source(2))).publish(2)
     assert report.engines == ("engine-0", "engine-1")
     assert admitted(fleet) == {engine.url for engine in client.engines()}
-
-
-def test_publish_is_repeated_with_the_engines_that_are_left(
-    fleet: RunningFleet, client: Fleet
-) -> None:
-    one = client.engines()[1]
-    streams = iter([killing_at(20, one.pid, seed=2), iter(weights(2).items())])
-    report = publish_all(client, lambda: next(streams), 2, BUCKET, engine_timeout_s=30, device=CPU)
-    assert isinstance(report, SyncReport)
-    assert report.engines == ("engine-0",)
 
 
 def test_no_engine_left_is_a_clear_end(fleet: RunningFleet, client: Fleet) -> None:
     for name in fleet.engines:
         fleet.kill(name)
+    published = publisher(client, broadcast(Source()), engine_timeout_s=0.5)
     with pytest.raises(SyncFailed, match=r"reached no engine in 3 attempts: 0 of 1 engines"):
-        publish_all(
-            client, lambda: iter(weights(1).items()), 1, BUCKET, engine_timeout_s=0.5, device=CPU
-        )
+        published.publish(1)
 
 
 def publish_on_rank(folder: str, router_url: str, victim: int) -> list[object]:
@@ -252,10 +238,10 @@ def publish_on_rank(folder: str, router_url: str, victim: int) -> list[object]:
     root = Path(folder)
     client = None
     if is_root:
-        client = Fleet(root / "fleet", RouterClient(router_url), logs=root / "logs", timeout_s=60)
+        client = Fleet(root / "fleet", RouterClient(router_url), logs=root / "logs")
     attempts = 0
 
-    def stream() -> Iterator[tuple[str, torch.Tensor | None]]:
+    def stream() -> Stream:
         nonlocal attempts
         attempts += 1
         for index, (name, tensor) in enumerate(weights(2).items()):
@@ -264,9 +250,9 @@ def publish_on_rank(folder: str, router_url: str, victim: int) -> list[object]:
             dist.barrier()  # the stream is collective: a rank that stopped reading would hang here
             yield name, tensor if is_root else None
 
-    report = publish_all(client, stream, 2, BUCKET, engine_timeout_s=30, device=CPU)
-    if client is not None:
-        client.leave()
+    published = publisher(client, broadcast(stream, is_root=is_root), team=Team(dist.group.WORLD))
+    report = published.publish(2)
+    published.close()
     return [attempts, report.version, list(report.engines), report.bytes]
 
 

@@ -45,7 +45,11 @@ class Launch:
         self.errors = tmp_path / "errors"
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                self.argv, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors
+                self.argv,
+                cwd=REPOSITORY,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
             )
 
     def entries(self) -> dict[str, dict[str, object]]:
@@ -117,7 +121,6 @@ def all_gone(pids: set[int]) -> bool:
 WHOLE_RUN = """
     import pathlib, sys
     from r1mega.rollout.fleet import Fleet
-    from r1mega.rollout.publish import publish
     from r1mega.rollout.router import RouterClient
     import json, torch
     from safetensors.torch import load_file
@@ -125,12 +128,14 @@ WHOLE_RUN = """
     from r1mega.records import Prompt, SampleRequest, Sampling
     from r1mega.rollout.sampler import HttpSampler
     from r1mega.weights.names import hf_shapes
+    from tests.distributed.publishing import broadcast, publisher
     folder = pathlib.Path(sys.argv[1])
     model = load([str(folder / "config.yaml")]).model
     url = json.loads((folder / "fleet/router.json").read_text())["url"]
-    fleet = Fleet(folder / "fleet", RouterClient(url), logs=folder / "logs", timeout_s=60)
+    fleet = Fleet(folder / "fleet", RouterClient(url), logs=folder / "logs")
     fleet.wait_ready(2, 120)
-    report = publish(fleet, ((n, torch.zeros(s)) for n, s in hf_shapes(model).items()), 1, 1 << 20)
+    zeros = lambda: ((n, torch.zeros(s)) for n, s in hf_shapes(model).items())
+    report = publisher(fleet, broadcast(zeros)).publish(1)
     prompt = Prompt(uid="p", text="", token_ids=(3, 4), question="", answer="")
     asked = [SampleRequest(prompt=prompt, index=i, seed=i) for i in range(4)]
     sampler = HttpSampler(url=url, concurrency=4, timeout_s=60, max_retries=3, expected_version=1)

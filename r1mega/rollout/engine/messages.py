@@ -106,6 +106,20 @@ class UpdateFromDiskBody(msgspec.Struct, kw_only=True, frozen=True):
     weight_version: str | None = None
 
 
+class UpdateFromPeersBody(msgspec.Struct, kw_only=True, frozen=True):
+    """Of a route of ours, in place of SGLang's custom weight loader."""
+
+    invitation: str
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+
+
+class UpdateVersionBody(msgspec.Struct, kw_only=True, frozen=True):
+    new_version: str
+    abort_all_requests: bool = True
+
+
 class WeightsCheckerBody(msgspec.Struct, kw_only=True, frozen=True):
     action: Literal["checksum"] = "checksum"
     skip_tensor_list: list[str] | None = None

@@ -1,8 +1,8 @@
 """HTTP routes of SGLang 0.5.23 over one engine.
 
 Answers: /generate gives a completion or a list; updates give {"success", "message"}; a mistake of
-the caller is status 400 with one sentence. /weights_checker hashes parameters by their Hugging Face
-names: sha256 of the float32 values, row-major, little-endian.
+the caller is status 400 with one sentence. /weights_checker answers as SGLang does on a CPU, with
+the checksums of float32 values under Hugging Face's names.
 """
 
 import asyncio
@@ -29,6 +29,11 @@ from r1mega.rollout.engine.weights import Weights, checksums, load_folder
 SGLANG_VERSION = "0.5.23"  # whose API this is
 _MAX_BODY_BYTES = 256 << 20
 _HEALTH_TIMEOUT_S = 20.0
+_PLACE = {"role": "target", "rank": 0, "size": 1} | {
+    f"{axis}_{what}": value
+    for axis in ("tp", "dp", "pp")
+    for what, value in (("rank", 0), ("size", 1))
+}
 _OPEN_PATHS = ("/health", "/health_generate", "/ready")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -169,9 +174,21 @@ class Routes:
             body, partial(load_folder, self.weights, Path(body.model_path))
         )
 
+    async def update_weights_from_peers(self, request: web.Request) -> web.Response:
+        body = await _body(request, messages.UpdateFromPeersBody)
+        receive = partial(self.updater.receive_from_peers, body.invitation)
+        return await self._write_weights(body, receive)
+
+    async def update_weight_version(self, request: web.Request) -> web.Response:
+        body = await _body(request, messages.UpdateVersionBody)
+        if body.abort_all_requests:
+            await self._on_engine(partial(self.engine.abort, None))
+        relabel = partial(self.engine.scheduler.set_version, body.new_version)
+        return await self._update(relabel, exclusive=True)
+
     async def _write_weights(
         self,
-        body: messages.UpdateBody | messages.UpdateFromDiskBody,
+        body: messages.UpdateBody | messages.UpdateFromDiskBody | messages.UpdateFromPeersBody,
         write: Callable[[], None],
     ) -> web.Response:
         """Write, label, flush; as in SGLang a refused flush is an error *after* the update."""
@@ -197,7 +214,11 @@ class Routes:
         overall = hashlib.sha256()
         for name in sorted(by_name):
             overall.update(name.encode() + by_name[name].encode())
-        rank = {"checksums": by_name, "per_gpu_checksum": overall.hexdigest()}
+        rank = {
+            "checksums": by_name,
+            "per_gpu_checksum": overall.hexdigest(),
+            "parallelism_info": [_PLACE],
+        }
         per_engine = hashlib.sha256(overall.hexdigest().encode()).hexdigest()
         return _json(
             {
@@ -209,6 +230,7 @@ class Routes:
         )
 
     async def get_weights_by_name(self, request: web.Request) -> web.Response:
+        """The first rows, as SGLang answers for Llama; it has no such answer for DeepSeek-V3."""
         if request.method == "GET" and not request.can_read_body:
             body = _query(request, messages.GetWeightsBody)
         else:
@@ -369,6 +391,8 @@ def application(routes: Routes, api_key: str | None) -> web.Application:
             web.post("/destroy_weights_update_group", routes.destroy_weights_update_group),
             web.post("/update_weights_from_distributed", routes.update_weights_from_distributed),
             web.post("/update_weights_from_disk", routes.update_weights_from_disk),
+            web.post("/update_weights_from_peers", routes.update_weights_from_peers),
+            web.post("/update_weight_version", routes.update_weight_version),
             web.route("GET", "/weights_checker", routes.weights_checker),
             web.route("POST", "/weights_checker", routes.weights_checker),
             web.route("GET", "/get_weights_by_name", routes.get_weights_by_name),

@@ -1,13 +1,15 @@
 """Weight updates over a collective group of its own, in SGLang's protocol.
 
-Tensors are broadcast one by one in list order, or as one
-uint8 bucket. A call receives everything first and writes the weights only when all of it fits, so
-a refused or broken call leaves weights and version as they were.
+Tensors are broadcast one by one in list order, or as one uint8 bucket. FP8 weights come as codes
+and scales in one call and are kept as the numbers they stand for. A call receives everything first
+and writes the weights only when all of it fits, so a refused or broken call leaves weights and
+version as they were.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Literal
 
 import torch
@@ -15,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.rollout.engine.weights import Weights, check_names, load
+from r1mega.rollout.p2p.receiver import Invitation, ReceiveFailed, receive
 from r1mega.rollout.wire import join_group
+from r1mega.weights import fp8
+from r1mega.weights.blocks import scale_name, scale_shape, weight_name
 
 LoadFormat = Literal["flattened_bucket"] | None
 
@@ -82,12 +87,23 @@ class WeightUpdater:
             raise ValueError("no weight update is open: call /begin_weight_update first")
         self._in_session = False
 
-    def receive(self, payload: Payload, group_name: str) -> None:
-        """Receive what is announced and load it; a payload that does not fit is still drained."""
+    def receive_from_peers(self, invitation: str) -> None:
+        """Receive slices into the weights themselves, which a broken call leaves half written."""
+        self._check_session()
+        try:
+            receive(self._weights.named, Invitation.decode(invitation))
+        except ReceiveFailed as error:
+            raise ValueError(str(error)) from error
+
+    def _check_session(self) -> None:
         if not self._in_session:
             raise ValueError(
                 "weights can be updated only between /begin_weight_update and /end_weight_update"
             )
+
+    def receive(self, payload: Payload, group_name: str) -> None:
+        """Receive what is announced and load it; a payload that does not fit is still drained."""
+        self._check_session()
         group = self._group(group_name)
         dtypes = [_dtype(name) for name in payload.dtypes]
         lengths = (len(payload.names), len(dtypes), len(payload.shapes))
@@ -97,8 +113,29 @@ class WeightUpdater:
             tensors = _receive(payload, dtypes, group)
         except RuntimeError as error:
             raise ValueError(f"the broadcast over group {group_name!r} broke: {error}") from error
-        check_names(self._weights, payload.names, payload.shapes)
-        load(self._weights, zip(payload.names, tensors, strict=True))
+        received = as_numbers(dict(zip(payload.names, tensors, strict=True)))
+        check_names(self._weights, received, [tensor.shape for tensor in received.values()])
+        load(self._weights, received.items())
+
+
+def as_numbers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """FP8 codes become what they stand for; raises ValueError when codes or scales are alone."""
+    numbers = {}
+    for name, tensor in tensors.items():
+        if (weight := weight_name(name)) is not None:
+            if weight not in tensors:
+                raise ValueError(f"there are scales {name!r} in this call but no weight {weight!r}")
+        elif tensor.dtype != torch.float8_e4m3fn:
+            numbers[name] = tensor
+        else:
+            scales = tensors.get(scale_name(name))
+            if scales is None or tuple(scales.shape) != scale_shape(tuple(tensor.shape)):
+                raise ValueError(
+                    f"parameter {name!r} comes in FP8: send {scale_name(name)!r} of shape "
+                    f"{list(scale_shape(tuple(tensor.shape)))} in the same call"
+                )
+            numbers[name] = fp8.dequantize(tensor, scales)
+    return numbers
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -125,13 +162,15 @@ def _receive(
 def _receive_bucket(
     shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """One uint8 broadcast: the bytes of every tensor, one after the other."""
-    sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
+    """One uint8 broadcast: the bytes of every tensor, one after the other.
+
+    As SGLang's, it takes no tensor that begins elsewhere than at a multiple of its item size.
+    """
+    sizes = [prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
+    starts = accumulate(sizes, initial=0)
+    if any(start % dtype.itemsize for start, dtype in zip(starts, dtypes, strict=False)):
+        raise ValueError("a tensor of this bucket is not aligned: sort them by item size")
     bucket = torch.empty(sum(sizes), dtype=torch.uint8)
     dist.broadcast(bucket, src=0, group=group)
-    parts = bucket.split(sizes)
-    # clone: a part may start at an address that its dtype cannot be read from
-    return [
-        part.clone().view(dtype).view(*shape)
-        for part, dtype, shape in zip(parts, dtypes, shapes, strict=True)
-    ]
+    parts = zip(bucket.split(sizes), dtypes, shapes, strict=True)
+    return [part.view(dtype).view(*shape) for part, dtype, shape in parts]

@@ -6,18 +6,19 @@ on load, and checksums are of the float32 values.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from r1mega.config import network
 from r1mega.config.schema import Model
-from r1mega.rollout.wire import digest
+from r1mega.rollout.checksum import cpu_checksum
+from r1mega.weights.blocks import weight_name
 from r1mega.weights.names import hf_shapes
+from r1mega.weights.slices import SliceReader
+from r1mega.weights.tensor_file import whole
 
 _INIT_STD = 0.02
 
@@ -194,23 +195,20 @@ def load(weights: Weights, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def load_folder(weights: Weights, folder: Path) -> None:
     """Load every parameter from a Hugging Face folder; nothing is written unless all of it fits."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors: give a Hugging Face model folder")
-    with ExitStack() as stack:
-        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        owner = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-        wanted = {name: owner[name] for name in owner if not _is_unused(name, weights)}
-        missing = sorted(weights.named.keys() - wanted.keys())
+    with SliceReader(folder) as reader:
+        stored = {n: t for n, t in reader.tensors.items() if not _is_unused(n, weights)}
+        missing = sorted(weights.named.keys() - stored.keys())
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} parameters, the first is {missing[0]}")
-        shapes = [handle.get_slice(name).get_shape() for name, handle in wanted.items()]
-        check_names(weights, wanted, shapes)
-        load(weights, ((name, handle.get_tensor(name)) for name, handle in wanted.items()))
+        check_names(weights, stored, (tensor.shape for tensor in stored.values()))
+        load(weights, ((n, reader.read(n, t.shape, whole(t.shape))) for n, t in stored.items()))
 
 
 def _is_unused(name: str, weights: Weights) -> bool:
-    """MTP layers, rotary tables and a tied head may lie in a checkpoint; they are not served."""
+    """MTP layers, rotary tables and a tied head may lie in a checkpoint; they are not served.
+    Scales are read with their weights."""
+    if weight_name(name) is not None:
+        return True
     if name == "lm_head.weight" and name not in weights.named:
         return True
     parts = name.split(".")
@@ -219,8 +217,8 @@ def _is_unused(name: str, weights: Weights) -> bool:
 
 
 def checksums(weights: Weights, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """(HF name, digest) of every parameter whose name contains none of ``skip``."""
+    """(HF name, checksum) of every parameter whose name contains none of ``skip``."""
     skipped = tuple(skip)
     for name, tensor in weights.named.items():
         if not any(part in name for part in skipped):
-            yield name, digest(tensor)
+            yield name, cpu_checksum(tensor)

@@ -1,0 +1,188 @@
+"""Weights over a filesystem that learner and engines share: one Hugging Face folder per version.
+
+Every learner rank writes rectangles of its own at their offsets, each distinct one by one rank: the
+filesystem has to take writes of several nodes to one file (Lustre, GPFS, a local disk; NFS does not
+promise it). A folder has its name only when it is whole, and goes when all engines hold the next.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from r1mega.parallel.collectives import Team
+from r1mega.rollout.carrier import Carried, CarryFailed, post_all
+from r1mega.rollout.fleet import EngineHandle
+from r1mega.weights import fp8
+from r1mega.weights.blocks import BLOCK, own_scale_region, scale_name, scale_shape
+from r1mega.weights.hf_folder import shard_index
+from r1mega.weights.holders import balanced_owners
+from r1mega.weights.local import LocalWeights, wire_dtype
+from r1mega.weights.names import Region
+from r1mega.weights.slices import HF_INDEX, Piece, StoredTensor
+from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, extent, whole
+
+log = logging.getLogger(__name__)
+
+_SHARD_BYTES = 4 << 30
+
+
+class Disk:
+    """A ``Carrier``. Folders are made in ``folder``, with the files of ``companions``, which are
+    config.json and the tokenizer."""
+
+    def __init__(
+        self,
+        weights: LocalWeights,
+        names: Sequence[str],
+        *,
+        folder: Path,
+        companions: Path,
+        team: Team,
+        quantized: Collection[str] = (),
+        ranks_per_engine: int = 1,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._weights = weights
+        self._folder = folder
+        self._companions = companions
+        self._team = team
+        self._quantized = quantized
+        self._ranks_per_engine = ranks_per_engine
+        self._timeout_s = timeout_s
+        self._tensors = _in_shards(_stored(weights, names, quantized))
+        self._mine = list(_own_regions(weights, names))
+
+    def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
+        target = self._folder / f"version_{version:06d}"
+        partial = self._folder / f".{target.name}.partial"
+        self._together(lambda: self._create(partial))
+        self._weights.settle()
+        self._together(lambda: self._fill(partial))
+        self._together(lambda: self._name(partial, target))
+        if not self._team.is_root:
+            return Carried()
+        self._load(engines, target, version)
+        for other in self._folder.iterdir():
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+        return Carried(bytes=_size(self._tensors) * self._ranks_per_engine * len(engines))
+
+    def abandon(self) -> None:
+        """Nothing is open between two versions."""
+
+    def _together(self, step: Callable[[], None]) -> None:
+        """Returns when every rank has done it; raises CarryFailed on all when one could not."""
+        error = ""
+        try:
+            step()
+        except OSError as failure:
+            error = f"the weights could not be written for the engines: {failure}"
+        if errors := [text for text in self._team.gathered(error, str) if text]:
+            raise CarryFailed({}, errors[0])
+
+    def _create(self, partial: Path) -> None:
+        if not self._team.is_root:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self._companions, partial)
+        for file, tensors in _by_file(self._tensors).items():
+            entries = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
+            with TensorFile.create(partial / file, entries):
+                pass
+        (partial / HF_INDEX).write_bytes(shard_index(self._tensors, _size(self._tensors)))
+
+    def _fill(self, partial: Path) -> None:
+        with ExitStack() as stack:
+            files: dict[str, TensorFile] = {}
+            for name, region, values in self._values():
+                file = self._tensors[name].pieces[0].file
+                if file not in files:
+                    opened = TensorFile.open(partial / file, writable=True)
+                    files[file] = stack.enter_context(opened)
+                files[file].write(name, region, values)
+
+    def _values(self) -> Iterator[tuple[str, Region, Tensor]]:
+        """What this rank writes, on the host."""
+        mine = {(piece.hf_name, piece.region): piece for piece in self._weights.slices}
+        for name, region in self._mine:
+            values = self._weights.region(mine[name, region])
+            if name not in self._quantized:
+                yield name, region, values.cpu()
+                continue
+            if any(start % BLOCK for start, _ in region):
+                raise ValueError(
+                    f"this rank holds {name}{list(region)}, which does not begin with an FP8 block "
+                    f"of {BLOCK}: use rollout.sync=broadcast or another layout"
+                )
+            codes, scales = fp8.quantize(values)
+            yield name, region, codes.cpu()
+            yield scale_name(name), own_scale_region(region), scales.cpu()
+
+    def _name(self, partial: Path, target: Path) -> None:
+        if self._team.is_root:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+
+    def _load(self, engines: tuple[EngineHandle, ...], target: Path, version: int) -> None:
+        body = {
+            "model_path": str(target.resolve()),
+            "weight_version": str(version),
+            "flush_cache": True,
+        }
+        post_all(engines, "/update_weights_from_disk", body, timeout_s=self._timeout_s)
+
+
+def _own_regions(weights: LocalWeights, names: Sequence[str]) -> Iterator[tuple[str, Region]]:
+    """Of every distinct rectangle one of its holders is the writer, evenly in elements."""
+    held = {name: weights.holders[name] for name in names}
+    owners = balanced_owners(held, lambda _, region: prod(extent(region)))
+    for name in names:
+        for (region, _), owner in zip(held[name].parts, owners[name], strict=True):
+            if owner == weights.rank:
+                yield name, region
+
+
+def _stored(
+    weights: LocalWeights, names: Sequence[str], quantized: Collection[str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, safetensors dtype and shape of every tensor of the folder."""
+    for name in names:
+        shape = weights.holders[name].shape
+        if name in quantized:
+            yield name, fp8.CODES, shape
+            yield scale_name(name), fp8.SCALES, scale_shape(shape)
+        else:
+            yield name, DTYPE_NAMES[wire_dtype(name, weights)], shape
+
+
+def _in_shards(tensors: Iterator[tuple[str, str, tuple[int, ...]]]) -> dict[str, StoredTensor]:
+    """Which file each lies in: in order, files of about ``_SHARD_BYTES``."""
+    numbered, size = [], 0
+    for name, dtype, shape in tensors:
+        numbered.append((size // _SHARD_BYTES, name, dtype, shape))
+        size += prod(shape) * DTYPES[dtype].itemsize
+    count = numbered[-1][0] + 1
+    return {
+        name: StoredTensor(
+            shape,
+            (Piece(f"model-{number + 1:05d}-of-{count:05d}.safetensors", name, whole(shape)),),
+            dtype,
+        )
+        for number, name, dtype, shape in numbered
+    }
+
+
+def _by_file(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    files: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in tensors.items():
+        files.setdefault(stored.pieces[0].file, {})[name] = stored
+    return files
+
+
+def _size(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(prod(s.shape) * DTYPES[s.dtype].itemsize for s in tensors.values())

@@ -89,7 +89,8 @@ class EngineRow:
 class EngineSlice:
     """``hf_name[region]`` lies at ``parameter[target]`` on some rank of an engine.
 
-    A target has one dimension more than the region where experts are stacked.
+    A target has one dimension more than the region where experts are stacked. ``dtype`` is torch's
+    name of the parameter's, None: the engine's own.
     """
 
     hf_name: str
@@ -97,6 +98,7 @@ class EngineSlice:
     region: Region
     parameter: str
     target: Region
+    dtype: str | None
 
 
 # fmt: off
@@ -137,16 +139,25 @@ def engine_slices(model: schema.Model, layout: EngineLayout, rank: int) -> list[
 
     Raises ValueError for a layout that SGLang could not cut the network into.
     """
-    cuts = _cuts(model, layout, rank)
+    cuts = {
+        scope: [cut for cut in row if not is_empty(cut.region)]
+        for scope, row in _cuts(model, layout, rank).items()
+    }
     found = []
     for site in sites(model, _experts(layout), ep=layout.expert_rank(rank)):
-        stacked = _stacked(site, layout)
+        stacked = tuple((index, index + 1) for index in _stacked(site, layout))
         prefix = _without_expert(site.hf) if stacked else site.hf
-        for cut in cuts[site.scope]:
-            if not is_empty(cut.region):
-                target = (*((expert, expert + 1) for expert in stacked), *cut.target)
-                name, parameter = site.hf + cut.hf, prefix + cut.parameter
-                found.append(EngineSlice(name, cut.shape, cut.region, parameter, target))
+        found += [
+            EngineSlice(
+                site.hf + cut.hf,
+                cut.shape,
+                cut.region,
+                prefix + cut.parameter,
+                stacked + cut.target,
+                cut.dtype,
+            )
+            for cut in cuts[site.scope]
+        ]
     return found
 
 
@@ -187,7 +198,7 @@ def engine_tensors(model: schema.Model, layout: EngineLayout) -> dict[str, Engin
     neighbours = layout.parts("expert")
     same: dict[tuple[Held, str | None], Held] = {}
     alike: dict[tuple[Scope, int | None, int], list[EngineTensor]] = {}
-    tensors = {}
+    tensors: dict[str, EngineTensor] = {}
     for site in sites(model, _experts(layout)):
         key = site.scope, site.ep, site.local_expert
         if key not in alike:

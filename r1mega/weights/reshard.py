@@ -185,13 +185,13 @@ def _flows(
         if name in held:  # but scales, which go with their weights
             lies = (id(receiver.tensors[name].held) for receiver in receivers)
             alike.setdefault((id(held[name]), *lies), []).append(name)
-    for names in alike.values():
+    for names in map(tuple, alike.values()):
         dtype, shape = receivers[0].tensors[names[0]].dtype, held[names[0]].shape
         for region, sources in held[names[0]].parts:
             if dtype == CODES:
                 _check_blocks(names[0], shape, region)
             routes = _routes(names[0], region, receivers, _WIDTHS.get(dtype, itemsize))
-            yield Flow(tuple(names), dtype, sources, tuple(routes))
+            yield Flow(names, dtype, sources, tuple(routes))
 
 
 def _routes(

@@ -4,16 +4,15 @@ Shapes alone do not tell: another rope_theta, another number of heads of the sam
 bias that nobody asked for load without a word and compute something else.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config import schema
-from r1mega.model.hf_config import hf_config, model_from_hf
-from r1mega.weights.checkpoint import read_state
+from r1mega.model.hf_config import hf_config
 from r1mega.weights.inventory import take_inventory
 from r1mega.weights.names import Spec, hf_shapes
-from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader
+from r1mega.weights.readers import read_network
+from r1mega.weights.slices import SliceReader
 
 # Keys that change nothing of what stored weights compute; MTP layers are looked up by name.
 _FREE = {
@@ -34,7 +33,7 @@ def check_weights(folder: Path, model: schema.Model, spec: Spec) -> None:
             "the path"
         )
     with SliceReader(folder) as reader:
-        stored = _stored_network(folder, model)
+        stored = read_network(folder)
         if differing := ", ".join(_differences(stored, model)):
             raise ValueError(
                 f"model.init={folder} is described as another network: {differing}; take its "
@@ -46,20 +45,6 @@ def check_weights(folder: Path, model: schema.Model, spec: Spec) -> None:
             f"{folder}: no tensor {absent!r}: it has not the MTP layers that "
             "learner.mtp_loss_weight trains; set it to 0, or take weights that have them"
         )
-
-
-def _stored_network(folder: Path, model: schema.Model) -> schema.Model:
-    if (folder / CHECKPOINT_INDEX).exists():
-        return read_state(folder).model
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        # Chat models name several ends of a response; the configuration says which one is used.
-        return model_from_hf({**values, "eos_token_id": model.eos_token_id})
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json: copy the folder as a whole") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _differences(stored: schema.Model, model: schema.Model) -> Iterator[str]:

@@ -23,7 +23,13 @@ from r1mega.weights import fp8
 from r1mega.weights.blocks import scale_name, scale_region, weight_name
 from r1mega.weights.checkpoint import REFERENCE, STATE, read_state
 from r1mega.weights.inventory import take_inventory
-from r1mega.weights.manifest import CheckpointError, FileRecord, read_manifest, verify_file
+from r1mega.weights.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    read_manifest,
+    verify_file,
+)
 from r1mega.weights.readers import Reader, is_torch_dist
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader, StoredTensor
 from r1mega.weights.streams import Band, stored_bands
@@ -95,7 +101,7 @@ def check_whole(
 
     Reads every file of a checkpoint, the headers of other folders.
     """
-    if (reader.folder / STATE).exists():
+    if any((reader.folder / name).exists() for name in (MANIFEST, STATE, CHECKPOINT_INDEX)):
         _check_digests(reader.folder, progress)
         if (reader.folder / REFERENCE / CHECKPOINT_INDEX).exists():
             with SliceReader(reader.folder / REFERENCE) as reference:

@@ -44,20 +44,21 @@ def read_network(folder: Path, described_in: Path | None = None) -> schema.Model
     check_folder(described_in or folder)
     if described_in is None and (folder / STATE).exists():
         return read_state(folder).model
-    path = (described_in or folder) / "config.json"
+    where = described_in or folder
+    path = where / "config.json"
     if not path.exists():
-        path = (described_in or folder) / COMPANIONS / "config.json"
+        path = where / COMPANIONS / "config.json"
     try:
         values = json.loads(path.read_text())
-        if isinstance(ends := values["eos_token_id"], list):  # changes nothing of the weights
-            values["eos_token_id"] = ends[0]
-        return model_from_hf(values)
-    except OSError as error:
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+        ends = values.get("eos_token_id")  # some models have several: weights do not depend on it
+        return model_from_hf(values | {"eos_token_id": ends[0] if isinstance(ends, list) else ends})
+    except FileNotFoundError:
         raise ValueError(
-            f"{described_in or folder} has no readable config.json ({error.strerror}), which says "
-            "what network it holds: copy the folder as a whole, or name one that has it by hf="
-        ) from error
-    except (ValueError, KeyError, TypeError, LookupError) as error:
+            f"{where} has no config.json to say what network it holds: put its model's there"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a network: {error}") from error
 
 

@@ -223,6 +223,8 @@ def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
         Piece(p["file"], p["key"], tuple((index(a), index(b)) for a, b in p["region"]), p["digest"])
         for p in entry["pieces"]
     )
+    if outside := next((p.file for p in pieces if not _is_inside(p.file)), None):
+        raise ValueError(f"it names {outside!r}, which is not inside it")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"there is no dtype {entry['dtype']!r}")
     return StoredTensor(tuple(map(index, entry["shape"])), pieces, entry["dtype"])

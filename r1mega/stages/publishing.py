@@ -14,12 +14,15 @@ from r1mega.rollout.carrier import Carrier
 from r1mega.rollout.checksum import cpu_checksum, cuda_checksum
 from r1mega.rollout.disk import Disk
 from r1mega.rollout.fleet import Fleet
+from r1mega.rollout.p2p.carrier import PointToPoint
+from r1mega.rollout.p2p.invite import invite_embedded, invite_sglang
 from r1mega.rollout.predict import Parameter, engine_bytes, engine_parameters
 from r1mega.rollout.probe import Probe
 from r1mega.rollout.proof import Checksums, Proof
 from r1mega.rollout.publish import Publisher
 from r1mega.stages.worker import Worker
 from r1mega.weights.blocks import weight_name
+from r1mega.weights.engine_names import EngineLayout
 from r1mega.weights.local import wire_dtype
 from r1mega.weights.names import fp8_weights
 
@@ -43,7 +46,7 @@ def open_publisher(worker: Worker, fleet: Fleet | None) -> Publisher:
 
     return Publisher(
         fleet=fleet,
-        carrier=_carrier(worker, team, fp8, layout.tp, timeout_s),
+        carrier=_carrier(worker, team, fp8, layout, timeout_s),
         proof=Proof(
             checksums=Checksums(
                 parameters=_parameters(config),
@@ -62,7 +65,7 @@ def open_publisher(worker: Worker, fleet: Fleet | None) -> Publisher:
 
 
 def _carrier(
-    worker: Worker, team: Team, fp8: frozenset[str], ranks_per_engine: int, timeout_s: float
+    worker: Worker, team: Team, fp8: frozenset[str], layout: EngineLayout, timeout_s: float
 ) -> Carrier:
     config, learner = worker.config, worker.learner
     match config.rollout.sync:
@@ -71,7 +74,7 @@ def _carrier(
                 lambda: quantized(learner.hf_tensors(), fp8),
                 is_root=team.is_root,
                 bucket_bytes=config.rollout.sync_bucket_mb << 20,
-                ranks_per_engine=ranks_per_engine,
+                ranks_per_engine=layout.tp,
                 host=config.cluster.host,
                 backend=worker.backend.collective,
                 timeout_s=timeout_s,
@@ -84,11 +87,20 @@ def _carrier(
                 companions=worker.directory.engine_model,
                 team=team,
                 quantized=fp8,
-                ranks_per_engine=ranks_per_engine,
+                ranks_per_engine=layout.tp,
                 timeout_s=timeout_s,
             )
         case "p2p":
-            raise NotImplementedError
+            return PointToPoint(
+                learner.weights,
+                layout,
+                invite_sglang if config.rollout.engine == "sglang" else invite_embedded,
+                team=team,
+                bucket_bytes=config.rollout.sync_bucket_mb << 20,
+                host=config.cluster.host,
+                backend=worker.backend.collective,
+                timeout_s=timeout_s,
+            )
 
 
 def _parameters(config: Config) -> Callable[[int], tuple[Parameter, ...]]:

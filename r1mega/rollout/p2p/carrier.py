@@ -7,13 +7,11 @@ loses a peer leaves the group: the closed connections end everybody else's wait.
 
 import uuid
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
-from r1mega.parallel.collectives import broadcast_record, gather_records
+from r1mega.parallel.collectives import Team
 from r1mega.rollout.carrier import Carried, CarryFailed, Failures, post_all
 from r1mega.rollout.fleet import EngineHandle
 from r1mega.rollout.p2p.invite import Invite
@@ -28,8 +26,6 @@ from r1mega.weights.engine_names import EngineLayout
 from r1mega.weights.local import LocalWeights, wire_dtype
 from r1mega.weights.reshard import plan
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class _Share:
@@ -40,7 +36,7 @@ class _Share:
 
 
 class PointToPoint:
-    """Every rank of the learner has one and calls it alike; ``learners`` is the group of them."""
+    """Every rank of the learner has one and calls it alike; ``layout`` is each engine's."""
 
     def __init__(
         self,
@@ -48,22 +44,17 @@ class PointToPoint:
         layout: EngineLayout,
         invite: Invite,
         *,
-        fused: bool,
-        learners: ProcessGroup,
-        device: torch.device,
+        team: Team,
         bucket_bytes: int,
         host: str = "127.0.0.1",
         backend: str = "gloo",
         timeout_s: float = 600.0,
     ) -> None:
-        """``layout``: of each engine; ``fused``: it has SGLang's parameters, not Hugging Face's
-        tensors; ``device``: of what ``learners`` move."""
         self._weights = weights
         self._layout = layout
         self._invite = invite
-        self._outbox = Outbox(weights, fused=fused)
-        self._learners = learners
-        self._device = device
+        self._outbox = Outbox(weights)
+        self._team = team
         self._bucket_bytes = bucket_bytes
         self._host = host
         self._backend = backend
@@ -87,7 +78,7 @@ class PointToPoint:
         failures |= {url: str(error) for url, call in calls.items() if (error := call.exception())}
         if failures:
             raise CarryFailed(failures)
-        if self._is_root:
+        if self._team.is_root:
             self._close(engines, version)
         return Carried(bytes=sent, point_to_point_bytes=sent)
 
@@ -97,10 +88,6 @@ class PointToPoint:
         if wire is not None:
             dist.destroy_process_group(wire.group)
 
-    @property
-    def _is_root(self) -> bool:
-        return self._weights.rank == 0
-
     def _meet(self, engines: tuple[EngineHandle, ...]) -> Meeting:
         """The meeting there is with exactly ``engines``, or a new one that rank 0 names."""
         if self._meeting is None or self._meeting.engines != engines:
@@ -108,14 +95,14 @@ class PointToPoint:
             meeting = Meeting(
                 name=f"{GROUP_PREFIX}{uuid.uuid4().hex[:12]}",
                 address=self._host,
-                port=processes.free_port(self._host) if self._is_root else 0,
+                port=processes.free_port(self._host) if self._team.is_root else 0,
                 backend=self._backend,
                 learners=self._weights.layout.world,
                 engines=engines,
                 tp=self._layout.tp,
                 timeout_s=self._timeout_s,
             )
-            self._meeting = self._told(meeting, Meeting)
+            self._meeting = self._team.told(meeting, Meeting)
         return self._meeting
 
     def _share(self, meeting: Meeting) -> _Share:
@@ -126,14 +113,13 @@ class PointToPoint:
                 weights.model,
                 weights.layout,
                 [self._layout] * count,
+                spec=weights.spec,
                 itemsize=wire_dtype("", weights).itemsize,
             )
             for transfer in routes.sends(weights.rank):
                 rank = meeting.rank(transfer.engine, transfer.rank)
                 items.setdefault(rank, []).append(self._outbox.item(transfer))
-            receivers = gather_records(
-                sorted(items), list[int], group=self._learners, device=self._device
-            )
+            receivers = self._team.gathered(sorted(items), list[int])
             self._shares[count] = _Share(
                 {rank: queue(mine, self._bucket_bytes) for rank, mine in items.items()},
                 {
@@ -150,14 +136,14 @@ class PointToPoint:
         """
         joining = None if self._wire is not None else meeting.join(self._weights.rank)
         calls, refused = Calls(), Refusal()
-        if self._is_root:
+        if self._team.is_root:
             try:
                 post_all(meeting.engines, "/begin_weight_update", timeout_s=self._timeout_s)
                 calls = meeting.call(self._invite, share.senders)
                 refused = Refusal() if joining is None else refusal(joining, calls)
             except CarryFailed as error:
                 refused = Refusal(failures=error.failures, summary=str(error))
-        refused = self._told(refused, Refusal)
+        refused = self._team.told(refused, Refusal)
         if refused.summary:
             raise CarryFailed(refused.failures, refused.summary)
         if joining is not None:
@@ -179,7 +165,7 @@ class PointToPoint:
             rank=self._weights.rank,
             turns=Turns(meeting.learners, meeting.world),
         )
-        return sent, self._reports(meeting, self._wire) if self._is_root else Failures()
+        return sent, self._reports(meeting, self._wire) if self._team.is_root else Failures()
 
     def _reports(self, meeting: Meeting, wire: Wire) -> Failures:
         ranks = range(meeting.learners, meeting.world)
@@ -194,7 +180,3 @@ class PointToPoint:
         post_all(engines, "/end_weight_update", timeout_s=self._timeout_s)
         body = {"new_version": str(version), "abort_all_requests": False}
         post_all(engines, "/update_weight_version", body, timeout_s=self._timeout_s)
-
-    def _told(self, value: T, kind: type[T]) -> T:
-        """What rank 0 has to say, on every rank."""
-        return broadcast_record(value, kind, source=0, group=self._learners, device=self._device)

@@ -8,11 +8,9 @@ tensor, whose name is the invitation.
 import base64
 import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-import r1mega
 from r1mega.rollout import control
 from r1mega.rollout.fleet import EngineHandle
 from r1mega.rollout.p2p.receiver import Invitation
@@ -40,18 +38,6 @@ def invite_sglang(
         "flush_cache": True,
     }
     return control.post(f"{engine.url}/update_weights_from_tensor", body, timeout_s=timeout_s)
-
-
-def loader_path(folder: Path) -> Path:
-    """What SGLang's PYTHONPATH needs to import LOADER: a folder with nothing in it but r1mega.
-
-    The folder r1mega is installed in may hold other packages of other versions than SGLang's own.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "r1mega"
-    if not link.is_symlink():
-        link.symlink_to(Path(r1mega.__file__).parent)
-    return folder
 
 
 def _pickled(invitation: Invitation) -> str:

@@ -61,12 +61,12 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def split(region: Region, row_bytes: int, limit: int) -> Iterator[Region]:
-    """``region`` in runs of rows (dim 0) of at most ``limit`` bytes; a longer row stays whole."""
-    (first, last), rest = region[0], region[1:]
-    step = max(1, limit // row_bytes)
-    for start in range(first, last, step):
-        yield ((start, min(start + step, last)), *rest)
+def split(rows: range, row_bytes: int, limit: int, multiple: int = 1) -> Iterator[range]:
+    """``rows`` in runs of at most ``limit`` bytes, but at least of ``multiple`` rows and, up to the
+    last one, of multiples of it."""
+    step = max(1, limit // row_bytes // multiple) * multiple
+    for start in range(rows.start, rows.stop, step):
+        yield range(start, min(start + step, rows.stop))
 
 
 def pack(items: Iterable[T], nbytes: Callable[[T], int], bucket_bytes: int) -> list[tuple[T, ...]]:

@@ -5,28 +5,28 @@ from torch import Tensor
 from r1mega.rollout.p2p.messages import Piece
 from r1mega.rollout.p2p.sender import Outgoing
 from r1mega.weights.blocks import BLOCK, weight_name
+from r1mega.weights.engine_names import CODES
 from r1mega.weights.fp8 import quantize
 from r1mega.weights.local import LocalWeights, wire_dtype
 from r1mega.weights.names import ParameterSlice, Region
-from r1mega.weights.reshard import CODES, Transfer
+from r1mega.weights.reshard import Transfer
 from r1mega.weights.slices import indices
 
 
 class Outbox:
-    """``fused``: engines hold the transfer's parameters; else Hugging Face's tensors, whole."""
+    """The live weights of this rank, as transfers want them."""
 
-    def __init__(self, weights: LocalWeights, *, fused: bool) -> None:
+    def __init__(self, weights: LocalWeights) -> None:
         self._weights = weights
-        self._fused = fused
         self._slices: dict[str, list[ParameterSlice]] = {}
         for held in weights.slices:
             self._slices.setdefault(held.hf_name, []).append(held)
 
     def item(self, transfer: Transfer) -> Outgoing:
-        name, region = transfer.hf_name, transfer.region
+        name = transfer.hf_name
         dtype = transfer.dtype or str(wire_dtype(name, self._weights)).removeprefix("torch.")
-        there = (transfer.parameter, transfer.target) if self._fused else (name, region)
-        return Outgoing(name, region, Piece(*there, dtype))
+        piece = Piece(transfer.parameter, transfer.target, dtype)
+        return Outgoing(name, transfer.region, piece)
 
     def read(self, item: Outgoing) -> Tensor:
         """The values of ``item``; FP8 codes and scales are made here, of whole blocks."""

@@ -72,12 +72,13 @@ def receive(tensors: Mapping[str, Tensor], invitation: Invitation) -> None:
         wire = _join(invitation)
         incoming = _Incoming(wire, invitation, tensors)
         incoming.receive_all()
-        wire.send(_report(incoming.fault, wire.device), 0, "the report").wait()
+        fault = f"{invitation.receiver}: {incoming.fault}" if incoming.fault else ""
+        wire.send(_report(fault, wire.device), 0, "the report").wait()
     except (PeerLost, RuntimeError, ValueError) as error:  # RuntimeError: a join's
         leave(invitation.group)
         raise ReceiveFailed(f"{invitation.receiver}: {error}") from error
-    if incoming.fault:
-        raise ReceiveFailed(f"{invitation.receiver}: {incoming.fault}")
+    if fault:
+        raise ReceiveFailed(fault)
 
 
 def leave(name: str) -> None:

@@ -7,7 +7,7 @@ the last one hashed. Memory: WINDOW messages.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -26,6 +26,8 @@ from r1mega.rollout.p2p.messages import (
     split,
 )
 from r1mega.rollout.p2p.wire import WINDOW, Posted, Wire, as_bytes, digest
+from r1mega.weights.blocks import BLOCK
+from r1mega.weights.engine_names import CODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,19 @@ Read = Callable[[Outgoing], Tensor]  # the values, in any dtype
 
 
 def in_rows(item: Outgoing, limit: int) -> Iterable[Outgoing]:
-    """``item`` in pieces of at most ``limit`` bytes each, cut along dim 0 of the sender's tensor.
+    """``item`` in pieces of at most ``limit`` bytes, cut along dim 0 of the sender's tensor; FP8
+    codes only between blocks, and at least one of them.
 
     The receiver's tensor may have further dimensions in front, of size one.
     """
-    lead = len(item.piece.region) - len(item.region)
-    rows = item.region[0][1] - item.region[0][0]
-    shift = item.piece.region[lead][0] - item.region[0][0]
-    for region in split(item.region, item.nbytes // rows, limit):
-        (start, stop), rest = region[0], item.piece.region[lead + 1 :]
-        there = (*item.piece.region[:lead], (start + shift, stop + shift), *rest)
-        yield Outgoing(item.name, region, Piece(item.piece.tensor, there, item.piece.dtype))
+    piece, rows = item.piece, range(*item.region[0])
+    lead = len(piece.region) - len(item.region)
+    shift = piece.region[lead][0] - rows.start
+    multiple = BLOCK if piece.dtype == CODES else 1
+    for part in split(rows, piece.nbytes // len(rows), limit, multiple):
+        here, there = (part.start, part.stop), (part.start + shift, part.stop + shift)
+        target = (*piece.region[:lead], there, *piece.region[lead + 1 :])
+        yield Outgoing(item.name, (here, *item.region[1:]), replace(piece, region=target))
 
 
 def queue(items: Iterable[Outgoing], bucket_bytes: int) -> list[Parcel]:

@@ -1,0 +1,96 @@
+"""Learner and engine ranks that are nothing but their share of the weights, for tests of transfers.
+
+Every number is a function of tensor name, seed and place, so that any rank knows what any other has
+to hold.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from r1mega.config.schema import Model
+from r1mega.parallel.layout import Layout
+from r1mega.weights.blocks import scale_name, weight_name
+from r1mega.weights.engine_names import EngineLayout, engine_slices
+from r1mega.weights.fp8 import quantize
+from r1mega.weights.holders import holders
+from r1mega.weights.local import LocalWeights
+from r1mega.weights.names import Region, Spec, hf_shapes, is_float32, parameter_slices
+
+
+def whole(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A Hugging Face tensor."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    return torch.randn(shape, generator=generator)
+
+
+def learner_shard(
+    model: Model, layout: Layout, rank: int, *, seed: int, dtype: torch.dtype = torch.float32
+) -> LocalWeights:
+    """What a learner rank holds, without a network around it."""
+    slices = tuple(parameter_slices(model, layout, rank))
+    shapes: dict[tuple[int, str], list[int]] = {}
+    for held in slices:
+        (_, rows), *columns = held.target
+        shape = [held.blocks * rows, *(stop for _, stop in columns)]
+        known = shapes.setdefault((held.chunk, held.megatron_name), shape)
+        shapes[held.chunk, held.megatron_name] = list(map(max, known, shape))
+    tensors: list[dict[str, Tensor]] = [{} for _ in range(1 + max(chunk for chunk, _ in shapes))]
+    for (chunk, name), shape in shapes.items():
+        kept = torch.float32 if name.endswith("expert_bias") else dtype
+        tensors[chunk][name] = torch.empty(shape, dtype=kept)
+    weights = LocalWeights(
+        model=model,
+        layout=layout,
+        spec=Spec(),
+        rank=rank,
+        slices=slices,
+        tensors=tuple(tensors),
+        holders=holders(model, layout),
+    )
+    weights.fill(lambda name, shape, region: cut(whole(name, shape, seed), region))
+    return weights
+
+
+def engine_shard(
+    model: Model,
+    layout: EngineLayout,
+    rank: int,
+    *,
+    seed: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """What an engine rank has to hold, cut from the whole tensors; without a seed, all zero."""
+    slices = engine_slices(model, layout, rank)
+    names = {held.hf_name for held in slices}
+    tensors: dict[str, Tensor] = {}
+    for held in slices:
+        values = _values(held.hf_name, held.hf_shape, names, model, seed or 0, dtype)
+        if held.parameter not in tensors:
+            extents = [
+                max(s.target[dim][1] for s in slices if s.parameter == held.parameter)
+                for dim in range(len(held.target))
+            ]
+            tensors[held.parameter] = torch.zeros(extents, dtype=values.dtype)
+        if seed is not None:
+            target = tuple(slice(*span) for span in held.target)
+            place = tensors[held.parameter][target]
+            place.copy_(cut(values, held.region).view(place.shape))
+    return tensors
+
+
+def _values(
+    name: str, shape: tuple[int, ...], names: set[str], model: Model, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """A whole tensor as engines are to hold it."""
+    if (weight := weight_name(name)) is not None:
+        return quantize(whole(weight, hf_shapes(model)[weight], seed).to(dtype))[1]
+    values = whole(name, shape, seed)
+    if scale_name(name) in names:
+        return quantize(values.to(dtype))[0]
+    return values if is_float32(name) else values.to(dtype)
+
+
+def cut(values: Tensor, region: Region) -> Tensor:
+    return values[tuple(slice(start, stop) for start, stop in region)]

@@ -41,8 +41,8 @@ class Transfer:
 
     def send(self, bucket: Bucket, *, version: int | None) -> "Sending":
         """Start to broadcast ``bucket``; ``version`` comes with the last one."""
-        if flat := sum(tensor.nbytes for _, tensor in bucket) < len(bucket) * _SMALL_BYTES:
-            # in one piece every tensor has to begin at a multiple of its item size
+        if flat := _goes_in_one_piece(bucket):
+            # every tensor in it has to begin at a multiple of its item size
             bucket = sorted(bucket, key=lambda item: -item[1].itemsize)
         body = _update_body(bucket, self._name, version, flat=flat)
         pool = ThreadPoolExecutor(len(self.urls))
@@ -165,6 +165,12 @@ def join(
 
 def _failure_of(future: "Future[Any]") -> BaseException | None:
     return future.exception() if future.done() else None
+
+
+def _goes_in_one_piece(bucket: Bucket) -> bool:
+    """Small tensors, to save calls, and FP8 codes, which gloo does not know."""
+    is_small = sum(tensor.nbytes for _, tensor in bucket) < len(bucket) * _SMALL_BYTES
+    return is_small or any(tensor.itemsize == 1 for _, tensor in bucket)
 
 
 def _flattened(tensors: list[Tensor]) -> Tensor:

@@ -14,18 +14,22 @@ import torch
 import torch.distributed as dist
 
 from r1mega.parallel.collectives import Team
+from r1mega.parallel.layout import Layout
 from r1mega.rollout import control
 from r1mega.rollout.broadcast import Stream
 from r1mega.rollout.carrier import CarryFailed
 from r1mega.rollout.checksum import cpu_checksum
+from r1mega.rollout.disk import Disk
 from r1mega.rollout.fleet import EngineHandle, Fleet
 from r1mega.rollout.proof import Proof
 from r1mega.rollout.publish import SyncFailed
 from r1mega.rollout.router import RouterClient
 from r1mega.rollout.transfer import _update_body
+from r1mega.weights.slices import SliceReader
+from r1mega.weights.tensor_file import whole
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
-from tests.distributed.publishing import Source, broadcast, checksums, publisher
+from tests.distributed.publishing import Source, broadcast, checksums, local_weights, publisher
 
 
 @pytest.fixture
@@ -84,7 +88,11 @@ def test_versions_and_checksums_of_two_engines(fleet: RunningFleet, client: Flee
     assert {version_of(engine.url) for engine in client.engines()} == {"3"}
 
 
-def test_bf16_payload_is_checked_against_float32_values(client: Fleet) -> None:
+def test_bf16_payload_is_checked_against_float32_values(
+    client: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buckets in one piece, and tensor by tensor."""
+
     class Rounded(Source):
         @property
         def tensors(self) -> dict[str, torch.Tensor]:
@@ -92,8 +100,11 @@ def test_bf16_payload_is_checked_against_float32_values(client: Fleet) -> None:
 
     source = Rounded()
     proof = Proof(checksums=checksums(source, "all"))
-    report = publisher(client, broadcast(source), proof).publish(1)
-    assert report.verified == 2 * len(source.tensors)
+    published = publisher(client, broadcast(source), proof)
+    for version, small_bytes in ((1, 1 << 20), (2, 0)):
+        monkeypatch.setattr("r1mega.rollout.transfer._SMALL_BYTES", small_bytes)
+        source.seed = version
+        assert published.publish(version).verified == 2 * len(source.tensors)
 
 
 def test_engine_dead_before_publish_is_left_out(fleet: RunningFleet, client: Fleet) -> None:
@@ -269,3 +280,59 @@ def test_all_learner_ranks_agree_when_a_publish_is_repeated(fleet: RunningFleet)
     num_bytes = sum(tensor.nbytes for tensor in weights(2).values())
     assert results == [[2, 2, ["engine-0"], num_bytes]] * 2
     assert held_by(zero.url) == digests(seed=2)
+
+
+class Killing(Disk):
+    """Kills an engine once the first folder is written."""
+
+    victim = 0
+
+    def _load(self, engines: tuple[EngineHandle, ...], target: Path, version: int) -> None:
+        if self.victim:
+            os.kill(self.victim, signal.SIGKILL)
+            self.victim = 0
+        super()._load(engines, target, version)
+
+
+def write_on_rank(folder: str, router_url: str, victim: int) -> list[object]:
+    """One learner rank of two, each with half of most tensors; an engine dies at the second."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    rank, root = dist.get_rank(), Path(folder)
+    team = Team(dist.group.WORLD)
+    client = None
+    if rank == 0:
+        client = Fleet(root / "fleet", RouterClient(router_url), logs=root / "logs")
+    found: list[object] = []
+    for seed in (1, 2):
+        source = Source(seed)
+        carrier = Killing(
+            local_weights(source, Layout(world=2, tp=2), rank),
+            list(source.tensors),
+            folder=root / "versions",
+            companions=root / "model",
+            team=team,
+            timeout_s=30.0,
+        )
+        carrier.victim = victim if rank == 0 and seed == 2 else 0
+        report = publisher(client, carrier, team=team).publish(seed)
+        found += [list(report.engines), sorted(path.name for path in carrier._folder.iterdir())]
+    return found
+
+
+def test_disk_has_only_whole_versions_and_survives_a_dead_engine(fleet: RunningFleet) -> None:
+    zero, one = fleet.client().wait_ready(2, 60)
+    results = run_ranks(
+        __name__,
+        "write_on_rank",
+        world=2,
+        folder=str(fleet.folder),
+        router_url=fleet.router_url,
+        victim=one.pid,
+    )
+    both = [["engine-0", "engine-1"], ["version_000001"], ["engine-0"], ["version_000002"]]
+    assert results == [both] * 2
+    assert held_by(zero.url) == digests(seed=2)
+    with SliceReader(fleet.folder / "versions" / "version_000002") as reader:
+        for name, tensor in weights(2).items():
+            shape = tuple(tensor.shape)
+            assert torch.equal(reader.read(name, shape, whole(shape)), tensor), name

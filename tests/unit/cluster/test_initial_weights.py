@@ -113,10 +113,10 @@ def test_a_partial_mtp_layer_is_refused_trained_or_not(tmp_path: Path) -> None:
 def test_a_copy_without_its_description_is_refused(tmp_path: Path) -> None:
     save(tmp_path, LLAMA)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json does not describe a network: Expecting property name"):
+    with pytest.raises(ValueError, match=r"config\.json does not describe a network: Expecting"):
         check_weights(tmp_path, LLAMA, Spec())
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no config.json: copy the folder as a whole"):
+    with pytest.raises(ValueError, match=r"has no config\.json to say what network it holds"):
         check_weights(tmp_path, LLAMA, Spec())
 
 

@@ -34,7 +34,7 @@ from r1mega.system.processes import SENTENCE, Process
 
 log = logging.getLogger(__name__)
 
-_LEARNER_GRACE_S = 15.0
+_LEARNER_GRACE_S = 120.0  # for a checkpoint on its way to disk; without one it ends at once
 _SERVER_GRACE_S = 5.0
 _ROUTER_START_TIMEOUT_S = 60.0
 _TICK_S = 0.1
@@ -100,7 +100,11 @@ class _Job:
             log_path.replace(log_path.with_suffix(".log.1"))
         model_path = self._directory.engine_model
         save_tokenizer(self._config.model.tokenizer, model_path)
-        values = hf_config(self._config.model, dtype=commands.engine_dtype(self._config))
+        values = hf_config(
+            self._config.model,
+            dtype=commands.engine_dtype(self._config),
+            quantized=self._config.rollout.quantization == "fp8",
+        )
         files.write_atomically(model_path / "config.json", json.dumps(values, indent=2) + "\n")
         if self._config.rollout.engine == "sglang":
             link_package(self._directory.engine_packages)

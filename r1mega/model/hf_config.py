@@ -41,7 +41,16 @@ _OPTIONAL = {
 }
 
 
-def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
+# DeepSeek-V3's form of FP8 weights: weights.fp8.
+FP8_QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+
+
+def hf_config(model: Model, *, dtype: str = "float32", quantized: bool = False) -> dict[str, Any]:
     """The content of config.json, as transformers 5 and SGLang 0.5 both read it."""
     values = {name: getattr(model, name) for name in network.KEYS[model.architecture]}
     if network.is_dense(model):
@@ -65,6 +74,7 @@ def hf_config(model: Model, *, dtype: str = "float32") -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
+        **({"quantization_config": FP8_QUANTIZATION} if quantized else {}),
     }
 
 

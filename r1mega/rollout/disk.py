@@ -131,6 +131,7 @@ class Disk:
     def _load(self, engines: tuple[EngineHandle, ...], target: Path, version: int) -> None:
         body = {
             "model_path": str(target.resolve()),
+            "load_format": "auto",  # SGLang would else take that of its start
             "weight_version": str(version),
             "flush_cache": True,
         }

@@ -5,19 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1mega.model.hf_config import FP8_QUANTIZATION
 from r1mega.weights import fp8
-from r1mega.weights.blocks import BLOCK
 from r1mega.weights.slices import HF_INDEX, StoredTensor
 
 CONFIG = "config.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-_QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
@@ -34,7 +28,7 @@ def matching_config(content: bytes, tensors: Mapping[str, StoredTensor]) -> byte
     values: dict[str, Any] = json.loads(content)
     changed = dict(values)
     if any(stored.dtype == fp8.CODES for stored in tensors.values()):
-        changed.setdefault("quantization_config", _QUANTIZATION)
+        changed.setdefault("quantization_config", FP8_QUANTIZATION)
     else:
         changed.pop("quantization_config", None)
     dtype = _TORCH_NAMES.get(tensors["model.norm.weight"].dtype)

@@ -101,6 +101,7 @@ class UpdateBody(msgspec.Struct, kw_only=True, frozen=True):
 
 class UpdateFromDiskBody(msgspec.Struct, kw_only=True, frozen=True):
     model_path: str
+    load_format: Literal["auto"] | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None

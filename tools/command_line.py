@@ -1,5 +1,6 @@
 """What the tools share: folders and key=value arguments, progress on a terminal, exit status."""
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -28,13 +29,14 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
         return 0 if arguments else 1
+    gc.freeze()  # looking for garbage in what imports made costs more than planning a conversion
     try:
         main(arguments)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was finished", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -24,10 +24,12 @@ class Journal:
         self._file = path.open("ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lines = self._read()
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"another process is at work in {path.parent}: wait for it") from None
+        except OSError:  # a file system without locks, as Lustre without -o flock
+            pass
+        self._lines = self._read()
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.config.schema import Model
+from r1mega.parallel.collectives import Team
 from r1mega.parallel.layout import Layout
+from r1mega.rollout import control
+from r1mega.rollout.fleet import Fleet
+from r1mega.rollout.p2p.carrier import PointToPoint
+from r1mega.rollout.p2p.invite import invite_embedded
 from r1mega.rollout.p2p.messages import Turns
 from r1mega.rollout.p2p.outbox import Outbox
 from r1mega.rollout.p2p.receiver import (
@@ -26,12 +34,16 @@ from r1mega.rollout.p2p.receiver import (
 )
 from r1mega.rollout.p2p.sender import Outgoing, queue, send_all
 from r1mega.rollout.p2p.wire import PeerLost, Posted, Wire, as_bytes
+from r1mega.rollout.proof import Proof
+from r1mega.rollout.router import RouterClient
 from r1mega.rollout.wire import join_group
 from r1mega.system.processes import free_port
 from r1mega.weights.engine_names import EngineLayout
 from r1mega.weights.reshard import Plan, plan
+from tests.distributed.fleets import running_fleet, weights
 from tests.distributed.launch import run_ranks
-from tests.distributed.shards import engine_shard, learner_shard
+from tests.distributed.publishing import Source, checksums, local_weights, publisher
+from tests.distributed.shards import cut, engine_shard, learner_shard
 from tests.distributed.tiny import MODEL, MODELS
 
 LEARNERS = 2
@@ -255,3 +267,57 @@ def test_everybody_ends_when_one_is_gone(results: list[dict[str, Any]], how: str
         if rank != 3:
             expected = rf"{name_of(rank)}: .+ did not come from learner rank \d: "
             assert re.match(expected, found[rank]), found[rank]
+
+
+def publish_on_rank(folder: str, router_url: str, victim: int) -> list[Any]:
+    """One learner rank of two; an engine dies while the second version is on its way."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    team = Team(dist.group.WORLD)
+    root, source, rank = Path(folder), Source(seed=1), dist.get_rank()
+    held = local_weights(source, Layout(world=2, tp=2), rank)
+    carrier = PointToPoint(
+        held, EngineLayout(fused=False), invite_embedded, team=team, bucket_bytes=5_000
+    )
+    fleet = None
+    if team.is_root:
+        fleet = Fleet(root / "fleet", RouterClient(router_url), logs=root / "logs")
+    proof = Proof(checksums=checksums(source, "all")) if team.is_root else Proof()
+    published = publisher(fleet, carrier, proof, team=team)
+    first = published.publish(1)
+    source.seed = 2
+    tensors = source.tensors
+    held.fill(lambda name, shape, region: cut(tensors[name], region))
+    reads = 0
+
+    def read(item: Outgoing) -> Tensor:
+        nonlocal reads
+        reads += 1
+        if rank == 1 and reads == 20:
+            os.kill(victim, signal.SIGKILL)
+        return type(carrier._outbox).read(carrier._outbox, item)
+
+    carrier._outbox.read = read  # type: ignore[method-assign]
+    second = published.publish(2)
+    published.close()
+    return [
+        [r.engines, r.bytes, r.minimum_bytes, r.point_to_point_bytes, r.verified]
+        for r in (first, second)
+    ]
+
+
+def test_an_engine_killed_on_the_way_is_left_out(tmp_path: Path) -> None:
+    with running_fleet(tmp_path, 2) as fleet:
+        zero, one = fleet.client().wait_ready(2, 60)
+        results = run_ranks(
+            __name__,
+            "publish_on_rank",
+            world=2,
+            folder=str(fleet.folder),
+            router_url=fleet.router_url,
+            victim=one.pid,
+        )
+        assert control.get(f"{zero.url}/model_info", timeout_s=30)["weight_version"] == "2"
+    tensors = weights(1)
+    size, count = sum(tensor.nbytes for tensor in tensors.values()), len(tensors)
+    twice = [["engine-0", "engine-1"], 2 * size, 2 * size, 2 * size, 2 * count]
+    assert results == [[twice, [["engine-0"], size, size, size, count]]] * 2

@@ -5,7 +5,7 @@ receive and verify.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,13 +108,12 @@ class Refusal:
 
 
 def refusal(joining: "Future[ProcessGroup]", calls: Calls) -> Refusal:
-    """As soon as it is known.
+    """As soon as it is known: no call ends before all have joined, but one that fails.
 
-    An engine that refuses leaves all others waiting for it: the first failure ends our wait, and
-    threads that still wait end by their timeouts.
+    It leaves all others waiting for its engine; threads that still wait end by their timeouts.
     """
     pending: list[Future[Any]] = [joining, *calls.values()]
-    wait(pending, return_when=FIRST_EXCEPTION)
+    wait(pending, return_when=FIRST_COMPLETED)
     failures = {url: str(error) for url, call in calls.items() if (error := _failure(call))}
     broken = _failure(joining)
     if not failures and broken is None:

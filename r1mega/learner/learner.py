@@ -31,7 +31,8 @@ from r1mega.model.transformer_config import BuildOptions
 from r1mega.parallel.backend import Backend
 from r1mega.parallel.groups import Groups
 from r1mega.records import Batch
-from r1mega.weights.local import LocalWeights, hf_tensors, initialize, local_weights
+from r1mega.weights.collect import hf_tensors
+from r1mega.weights.local import LocalWeights, initialize, local_weights
 from r1mega.weights.names import Spec, hf_shapes
 
 
@@ -105,9 +106,7 @@ class Learner:
         finally:
             self.weights.swap(reference)
 
-    def hf_tensors(
-        self, names: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, Tensor | None]]:
+    def hf_tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         """The policy as Hugging Face tensors on rank 0; every rank must iterate to the end.
 
         Those in ``names``, or all but of its MTP layers: engines sample from the trunk.

@@ -1,13 +1,12 @@
 """This rank's parameters seen through the table of names: fill them, read them, stream them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.config import schema
@@ -153,39 +152,6 @@ def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(chunk.named_parameters())
     tensors |= {name: b for name, b in chunk.named_buffers() if name.endswith("expert_bias")}
     return tensors
-
-
-def hf_tensors(
-    weights: LocalWeights, names: Iterable[str], *, device: torch.device
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Stream whole Hugging Face tensors to rank 0, one at a time; all ranks iterate to the end.
-
-    ``names`` are some or all of ``weights.holders``. Yields (name, tensor) on rank 0 and (name,
-    None) elsewhere. Each distinct rectangle crosses the network once, from the lowest rank that
-    holds it.
-    """
-    weights.settle()
-    mine = {(piece.hf_name, piece.region): piece for piece in weights.slices}
-    for name in names:
-        held = weights.holders[name]
-        whole: Tensor | None = None
-        for region, (owner, *_) in held.parts:
-            if weights.rank == 0:
-                if owner == 0:
-                    block = weights.region(mine[name, region])
-                else:
-                    block = torch.empty(
-                        [stop - start for start, stop in region],
-                        dtype=wire_dtype(name, weights),
-                        device=device,
-                    )
-                    dist.recv(block, src=owner)
-                if whole is None:
-                    whole = torch.empty(held.shape, dtype=block.dtype, device=device)
-                whole[tuple(slice(start, stop) for start, stop in region)] = block
-            elif owner == weights.rank:
-                dist.send(weights.region(mine[name, region]).contiguous(), dst=0)
-        yield name, whole
 
 
 def wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:

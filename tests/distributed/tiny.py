@@ -225,7 +225,7 @@ def gradients(learner: "Learner") -> dict[str, list[float]]:
 
 def weights(learner: "Learner") -> dict[str, list[float]]:
     """On rank 0 every Hugging Face tensor, flat, those of MTP layers too."""
-    from r1mega.weights.local import hf_tensors
+    from r1mega.weights.collect import hf_tensors
 
     held = learner.weights
     return {

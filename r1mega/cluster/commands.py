@@ -40,11 +40,12 @@ def learner_argv(
 
 
 def learner_environment(config: Config) -> dict[str, str]:
+    common = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}  # seconds, as ranks may be saving
     if config.cluster.backend == "cpu":
-        return {**_CPU, **_interface(config.cluster.host)}
-    devices = range(config.cluster.learner_processes_per_node)
+        return {**common, **_CPU, **_interface(config.cluster.host)}
+    devices = _devices(range(config.cluster.learner_processes_per_node))
     # Megatron overlaps communication with tensor parallel GEMMs only under one connection.
-    return {**_devices(devices), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**common, **devices, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def engine_argv(

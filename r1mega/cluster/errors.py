@@ -58,7 +58,7 @@ def failed_rank(summary: Path, logs: Path) -> FailedRank | None:
     failed = [
         FailedRank(int(rank), int(code) if int(code) >= 0 else 128 - int(code), log)
         for rank, local_rank, code in entries
-        if int(code) != -signal.SIGTERM
+        if int(code) not in (-signal.SIGTERM, 128 + signal.SIGTERM)
         for log in [_rank_log(logs, local_rank) or summary]
     ]
     return min(failed, key=lambda rank: rank.log.stat().st_mtime_ns, default=None)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-GRACE_S = 20
+GRACE_S = 120  # a learner may be writing a checkpoint
 _SET_PARENT_DEATH_SIGNAL = 1
 _SET_CHILD_SUBREAPER = 36  # orphaned descendants become our children instead of init's
 

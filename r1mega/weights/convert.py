@@ -243,5 +243,6 @@ def _made(out: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         raise ValueError(
-            f"{out} was not finished: {error}; the same command goes on from {partial}"
+            f"{out} was not finished: {error.strerror or error}; the same command goes on from "
+            f"{partial}"
         ) from error

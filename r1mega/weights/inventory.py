@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import scale_name, scale_shape, weight_name
+from r1mega.weights.fp8 import CODES, SCALES
 from r1mega.weights.holders import Held, holders
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes
 from r1mega.weights.slices import StoredTensor
 
-_CODES = "F8_E4M3"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMED = 3  # of many names, in one sentence
 
@@ -70,13 +70,13 @@ def _problems(
     if unknown := sorted(n for n in stored.keys() - shapes.keys() if not _is_spare(n, model)):
         yield from _unknown(unknown, model, stored)
     missing = [name for name in mtp if name not in stored]
-    if missing and any(name in shapes for name in mtp.keys() - trunk.keys()):
+    if missing and shapes.keys() - trunk.keys() - {scale_name(name) for name in quantized}:
         yield (
             f"the MTP layers are there in part only, without {_some(missing)}: copy the folder "
             "anew, or leave them out altogether"
         )
     for name in sorted(quantized - fp8_weights(model, Spec(mtp=True))):
-        yield f"{name} is stored as {_CODES}, which is no weight's of its kind: convert it anew"
+        yield f"{name} is stored as {CODES}, which is no weight's of its kind: convert it anew"
     if missing := [name for name in shapes if name not in stored]:
         yield f"FP8 weights without their scales {_some(missing)}: they mean nothing; copy it anew"
     for name, shape in shapes.items():
@@ -102,15 +102,16 @@ def _unlike(
             f"{name} has shape {list(stored.shape)} but the model wants {list(shape)}: it is a "
             "checkpoint of another model"
         )
-    if not is_quantized and stored.dtype not in _FLOATS:
+    readable = (SCALES,) if weight_name(name) else (CODES,) if is_quantized else _FLOATS
+    if stored.dtype not in readable:
         yield (
             f"{name} is stored as {stored.dtype}, which is no weight's; readable are "
-            f"{', '.join(_FLOATS)} and {_CODES} with scales"
+            f"{', '.join(readable)}"
         )
 
 
 def _is_quantized(stored: StoredTensor) -> bool:
-    return stored.dtype == _CODES
+    return stored.dtype == CODES
 
 
 def _is_spare(name: str, model: schema.Model) -> bool:

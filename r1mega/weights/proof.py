@@ -53,8 +53,8 @@ def _prove_numbers(flow: Flow, itemsize: int) -> None:
             f"{flow.names[0]}: ranks {list(flow.sources)} share {items} pieces at "
             f"{list(flow.bounds)}: not each of them once"
         )
-    width = {CODES: 1, FLOAT32: 4}.get(flow.dtype, itemsize)
-    if any(route.num_bytes != volume(route.region) * width for route in flow.routes):
+    widths: dict[str | None, int] = {CODES: 1, FLOAT32: 4, None: itemsize}
+    if any(route.num_bytes != volume(route.region) * widths[flow.dtype] for route in flow.routes):
         raise ValueError(f"{flow.names[0]}: the bytes of its pieces are counted wrongly")
 
 

@@ -27,7 +27,8 @@ JOB = [
     "cluster.learner_processes_per_node=2",
     "stage.eval_every=0",
     "stage.save_every=-1",
-    "algorithm.entropy_coef=0.01",  # a random network earns no reward: something to learn from
+    "model.initializer_range=0.08",
+    "algorithm.entropy_coef=0.1",  # a random network earns no reward: something to learn from
 ]
 pytestmark = pytest.mark.timeout(900)  # two servers start on whatever cores there are
 KEY = "a-key-that-nobody-else-may-see"

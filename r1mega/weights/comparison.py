@@ -17,7 +17,6 @@ from r1mega.weights.inspection import Progress, in_order, values_of
 from r1mega.weights.names import Region
 from r1mega.weights.readers import Reader
 from r1mega.weights.streams import Band, stored_bands
-from r1mega.weights.tensor_file import bytes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,11 @@ def _compare_values(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and bytes_of(a.contiguous()) == bytes_of(b.contiguous())
+    return a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8)
 
 
 def _largest(a: Tensor, b: Tensor, region: Region) -> tuple[float, tuple[int, ...]]:

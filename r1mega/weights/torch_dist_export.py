@@ -50,7 +50,7 @@ from r1mega.weights.torch_dist import (
     stacked_home,
 )
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
 _STRATEGY = {  # what dist_checkpointing.load looks for before anything else
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

@@ -22,9 +22,6 @@ from r1mega.rollout.wire import join_group
 from r1mega.system import processes
 
 _JOIN_TIMEOUT_S = 60.0
-# A broadcast costs as much as so many bytes: smaller tensors go together in one.
-_SMALL_BYTES = 1 << 20
-
 Bucket = list[tuple[str, Tensor]]
 
 
@@ -40,16 +37,17 @@ class Transfer:
         self._group: dist.ProcessGroup | None = group
 
     def send(self, bucket: Bucket, *, version: int | None) -> "Sending":
-        """Start to broadcast ``bucket``; ``version`` comes with the last one."""
-        if flat := _goes_in_one_piece(bucket):
-            # every tensor in it has to begin at a multiple of its item size
-            bucket = sorted(bucket, key=lambda item: -item[1].itemsize)
-        body = _update_body(bucket, self._name, version, flat=flat)
+        """Start to broadcast ``bucket`` in one piece; ``version`` comes with the last one.
+
+        One piece is two to four times as fast as tensor by tensor over gloo, which moreover has no
+        FP8. In it every tensor has to begin at a multiple of its item size.
+        """
+        bucket = sorted(bucket, key=lambda item: -item[1].itemsize)
+        body = _update_body(bucket, self._name, version)
         pool = ThreadPoolExecutor(len(self.urls))
         answers = {url: pool.submit(self._announce, url, body) for url in self.urls}
         pool.shutdown(wait=False)
-        tensors = [tensor.contiguous() for _, tensor in bucket]
-        return Sending(self, answers, [_flattened(tensors)] if flat else tensors)
+        return Sending(self, answers, _in_one_piece(bucket))
 
     def broadcast(self, tensor: Tensor) -> "dist.Work":
         work: dist.Work = dist.broadcast(tensor, src=0, group=self._group, async_op=True)
@@ -83,24 +81,22 @@ class Transfer:
 
 
 class Sending:
-    """A bucket on its way to the engines of ``transfer``; all its tensors at once."""
+    """A bucket on its way to the engines of ``transfer``."""
 
     def __init__(
-        self, transfer: Transfer, answers: "dict[str, Future[str | None]]", tensors: list[Tensor]
+        self, transfer: Transfer, answers: "dict[str, Future[str | None]]", piece: Tensor
     ) -> None:
         self._transfer = transfer
         self._answers = answers
-        self._tensors = tensors  # alive until they are sent
         self._broken = ""
         with self._noting_a_break():
-            self._works = [transfer.broadcast(tensor) for tensor in tensors]
+            self._work = transfer.broadcast(piece)
 
     def wait(self) -> None:
         """Until every engine has loaded it; raises CarryFailed."""
         if not self._broken:
             with self._noting_a_break():
-                for work in self._works:
-                    work.wait()
+                self._work.wait()
         if self._broken:
             self._transfer.close()  # before waiting for the engines, which wait for us
         failures = {url: why for url, answer in self._answers.items() if (why := answer.result())}
@@ -167,26 +163,17 @@ def _failure_of(future: "Future[Any]") -> BaseException | None:
     return future.exception() if future.done() else None
 
 
-def _goes_in_one_piece(bucket: Bucket) -> bool:
-    """Small tensors, to save calls, and FP8 codes, which gloo does not know."""
-    is_small = sum(tensor.nbytes for _, tensor in bucket) < len(bucket) * _SMALL_BYTES
-    return is_small or any(tensor.itemsize == 1 for _, tensor in bucket)
+def _in_one_piece(bucket: Bucket) -> Tensor:
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
 
 
-def _flattened(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
-
-
-def _update_body(
-    bucket: Bucket, group_name: str, version: int | None, *, flat: bool = False
-) -> dict[str, Any]:
+def _update_body(bucket: Bucket, group_name: str, version: int | None) -> dict[str, Any]:
     body: dict[str, Any] = {
         "names": [name for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
         "shapes": [list(tensor.shape) for _, tensor in bucket],
         "group_name": group_name,
+        "load_format": "flattened_bucket",
         "flush_cache": version is not None,
     }
-    if flat:
-        body["load_format"] = "flattened_bucket"
     return body if version is None else {**body, "weight_version": str(version)}

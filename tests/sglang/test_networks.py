@@ -4,21 +4,31 @@ transformers is the third party: the learner is compared with it in tests/distri
 """
 
 import dataclasses
+import json
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from r1mega.model.routing import routers
+from r1mega.rollout.checksum import cpu_checksum
+from r1mega.rollout.predict import engine_parameters, predicted_checksums
 from r1mega.rollout.routed_experts import read_routed_experts
+from r1mega.weights.engine_names import EngineLayout
+from r1mega.weights.tensor_file import TensorFile
 from tests.distributed import tiny
 from tests.sglang.servers import Server, running_server
 
 NETWORKS = {
-    **tiny.MODELS,
-    "deepseek_v3 without yarn": dataclasses.replace(tiny.MODEL, rope_scaling=None),
+    name: dataclasses.replace(model, max_position_embeddings=2048)
+    for name, model in {
+        **tiny.MODELS,
+        "deepseek_v3 without yarn": dataclasses.replace(tiny.MODEL, rope_scaling=None),
+    }.items()
 }
 PROMPT = list(range(5, 25))
 
@@ -27,7 +37,8 @@ PROMPT = list(range(5, 25))
 class Served:
     name: str
     server: Server
-    network: Any  # transformers' own
+    folder: Path  # of its weights
+    network: Any  # transformers' own, with the same
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -39,7 +50,7 @@ def served(
     experts = [] if model.architecture != "deepseek_v3" else ["--enable-return-routed-experts"]
     with running_server(folder, model, *experts) as server:
         server.load(folder / "weights", version=0)
-        yield Served(request.param, server, network)
+        yield Served(request.param, server, folder / "weights", network)
 
 
 def logprobs(network: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -97,13 +108,37 @@ def test_routed_experts_are_those_of_transformers(served: Served) -> None:
 
 
 def test_an_aborted_request_keeps_what_it_has(served: Served) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(served.server.generate, PROMPT, 280, rid="long")
-        while served.server.get("/v1/loads")["loads"][0]["num_running_reqs"] == 0:
-            assert not request.done()
+    sampling = {"max_new_tokens": 1900, "ignore_eos": True}
+    request = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
+    body = json.dumps({**request, "rid": "long", "stream": True}).encode()
+    url, kind = f"{served.server.url}/generate", {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, body, kind), timeout=60) as stream:
+        stream.readline()  # the first tokens
         served.server.post("/abort_request", rid="long")
-        answer = request.result()
+        events = [line.removeprefix(b"data: ") for line in stream if line.startswith(b"data: {")]
+    answer = json.loads(events[-1])
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
-    assert 0 < len(answer["output_ids"]) < 280
+    assert 0 < len(answer["output_ids"]) < 1900
     expected = logprobs(served.network, PROMPT, answer["output_ids"])
     assert (returned(answer) - expected).abs().max() < 1e-5
+
+
+def test_checksums_are_those_we_predict_until_a_value_changes(served: Served) -> None:
+    parameters = engine_parameters(
+        NETWORKS[served.name], EngineLayout(), 0, dtype=torch.float32, checksum=cpu_checksum
+    )
+    with TensorFile.open(served.folder / "model.safetensors") as file:
+        predicted = predicted_checksums(
+            parameters, lambda names: ((name, file.read(name)) for name in names)
+        )
+    expected = {name: checksum for (_, name), checksum in predicted.items()}
+    assert checksums(served.server) == expected
+    served.server.post("/weights_checker", action="reset_tensors")
+    assert not checksums(served.server).items() & expected.items()
+    served.server.load(served.folder, version=1)
+    assert checksums(served.server) == expected
+
+
+def checksums(server: Server) -> dict[str, str]:
+    (rank,) = server.post("/weights_checker", action="checksum")["ranks"]
+    return dict(rank["checksums"])

@@ -17,7 +17,7 @@ from r1mega.config.derived import even_stages
 from r1mega.parallel.layout import Layout
 from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights.checkpoint import COMPANIONS, STATE, Progress, State, shard
-from r1mega.weights.copying import JOURNAL, Listener, copy
+from r1mega.weights.copying import JOURNAL, copy
 from r1mega.weights.hf_folder import (
     CONFIG,
     matching_config,
@@ -28,6 +28,7 @@ from r1mega.weights.holders import Held, balanced_owners, ranks_for
 from r1mega.weights.inventory import Inventory, take_inventory
 from r1mega.weights.manifest import commit, partial_folder, read_manifest, record_bytes, verify_file
 from r1mega.weights.names import Spec, fp8_weights
+from r1mega.weights.progress import Listener
 from r1mega.weights.readers import Reader, check_folder, read_network
 from r1mega.weights.slices import (
     CHECKPOINT_INDEX,

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from threading import Lock
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import xxhash
 
 from r1mega.weights.journal import Journal
 from r1mega.weights.manifest import FileRecord
+from r1mega.weights.progress import Listener, Meter
 from r1mega.weights.readers import Reader
 from r1mega.weights.slices import StoredTensor
 from r1mega.weights.streams import PieceDigests, Recipe, row_bands
@@ -32,15 +32,6 @@ _THREADS = 4  # more than cores: some of them wait for the disk
 _Task = TypeVar("_Task")
 _Table = dict[str, tuple[str, tuple[int, ...]]]  # of a file: dtype and shape by key
 _Digests = dict[str, list[str]]  # by tensor, of its pieces in order
-
-
-class Listener(Protocol):
-    """Whoever wants to know how it goes; called by several threads."""
-
-    def note(self, sentence: str) -> None: ...
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """``what`` ("copied", "verified") happened to ``done`` of ``total`` bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +60,10 @@ def copy(
         _prepare(folder, tables, journal, _fingerprint(source, targets), listener)
         files = {n: stack.enter_context(TensorFile.open(folder / n, writable=True)) for n in tables}
         made: dict[str, _Digests] = journal.done
-        meter = _Meter("copied", targets, listener)
-        meter.advance(sum(_num_bytes(targets[name]) for done in made.values() for name in done))
+        meter = Meter("copied", _total_bytes(targets), listener)
+        meter.advance(
+            _total_bytes({name: targets[name] for done in made.values() for name in done})
+        )
 
         def work(recipe: Recipe) -> None:
             made[recipe.name] = _make(recipe, source, targets, files, meter)
@@ -91,7 +84,7 @@ def _make(
     source: Reader,
     targets: Mapping[str, StoredTensor],
     files: Mapping[str, TensorFile],
-    meter: "_Meter",
+    meter: Meter,
 ) -> _Digests:
     digests = {name: PieceDigests(targets[name].pieces) for name in recipe.makes}
     for band in recipe.bands(source):
@@ -186,7 +179,7 @@ def _audit(
     for stored in copied.values():
         for piece in stored.pieces:
             digests[piece.file][piece.key] = piece.digest
-    meter = _Meter("verified", copied, listener)
+    meter = Meter("verified", _total_bytes(copied), listener)
     records = {}
 
     def work(name: str) -> None:
@@ -196,9 +189,7 @@ def _audit(
     return {name: records[name] for name in tables}
 
 
-def _audit_file(
-    path: Path, table: _Table, digests: Mapping[str, str], meter: "_Meter"
-) -> FileRecord:
+def _audit_file(path: Path, table: _Table, digests: Mapping[str, str], meter: Meter) -> FileRecord:
     header, entries = plan(table)
     with path.open("rb") as file:
         whole = xxhash.xxh3_128(found := file.read(len(header)))
@@ -221,22 +212,8 @@ def _audit_file(
     return FileRecord(path.stat().st_size, whole.hexdigest())
 
 
-class _Meter:
-    """Counts bytes from several threads."""
-
-    def __init__(self, what: str, tensors: Mapping[str, StoredTensor], listener: Listener) -> None:
-        self._what, self._listener = what, listener
-        self._done, self._total = 0, sum(map(_num_bytes, tensors.values()))
-        self._lock = Lock()
-
-    def advance(self, num_bytes: int) -> None:
-        with self._lock:
-            self._done += num_bytes
-            self._listener.progress(self._what, self._done, self._total)
-
-
-def _num_bytes(stored: StoredTensor) -> int:
-    return prod(stored.shape) * DTYPES[stored.dtype].itemsize
+def _total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(prod(t.shape) * DTYPES[t.dtype].itemsize for t in tensors.values())
 
 
 def _in_threads(work: Callable[[_Task], None], tasks: Iterable[_Task]) -> None:

@@ -13,8 +13,6 @@ from r1mega.model.hf_config import model_from_hf
 from r1mega.weights.checkpoint import COMPANIONS, STATE, read_state
 from r1mega.weights.names import Region
 from r1mega.weights.slices import SliceReader, StoredTensor
-from r1mega.weights.torch_dist import TorchDistReader
-from r1mega.weights.torch_dist_file import METADATA
 
 
 class Reader(Protocol):
@@ -35,7 +33,7 @@ class Reader(Protocol):
 
 def is_torch_dist(folder: Path) -> bool:
     """Does Megatron's or torch's distributed checkpoint lie here?"""
-    return (folder / METADATA).exists()
+    return (folder / ".metadata").exists()
 
 
 def read_network(folder: Path, described_in: Path | None = None) -> schema.Model:
@@ -67,6 +65,9 @@ def open_reader(folder: Path, network: schema.Model) -> Iterator[Reader]:
     """Of a Hugging Face folder, a checkpoint of ours or a torch_dist folder, of ``network``."""
     check_folder(folder)
     if is_torch_dist(folder):
+        # Here, because torch's own reader costs everyone who imports it a second and 50 MB.
+        from r1mega.weights.torch_dist import TorchDistReader
+
         yield TorchDistReader(folder, network)
         return
     with SliceReader(folder) as reader:

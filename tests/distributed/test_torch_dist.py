@@ -40,8 +40,10 @@ def check_megatron(folder: str, ours: str) -> dict[str, Any]:
         theirs = Path(folder) / name
         if groups.rank == 0:
             theirs.mkdir()
+            theirs.with_name(f"{name}_single").mkdir()
         dist.barrier()
         dist_checkpointing.save(_sharded(chunk), str(theirs))
+        dist_checkpointing.save(_sharded(chunk, singleton_local_shards=True), f"{theirs}_single")
         loaded = dist_checkpointing.load(_sharded(chunk), str(Path(ours) / name))
         chunk.load_state_dict(loaded["model"])
         held = [tensor.clone() for tensor in learner.weights.tensors[0].values()]
@@ -51,10 +53,10 @@ def check_megatron(folder: str, ours: str) -> dict[str, Any]:
     return found
 
 
-def _sharded(chunk: Any) -> dict[str, Any]:
+def _sharded(chunk: Any, **metadata: bool) -> dict[str, Any]:
     """Made anew for each use: Megatron changes it."""
-    groups = {"dp_cp_group": chunk.pg_collection.dp_cp}
-    return {"model": chunk.sharded_state_dict(metadata=groups)}
+    metadata |= {"dp_cp_group": chunk.pg_collection.dp_cp}
+    return {"model": chunk.sharded_state_dict(metadata=metadata)}
 
 
 def test_megatron_saves_what_we_read_and_loads_what_we_export(tmp_path: Path) -> None:
@@ -71,6 +73,7 @@ def test_megatron_saves_what_we_read_and_loads_what_we_export(tmp_path: Path) ->
             assert all(equal), name
     for name, model in NETWORKS.items():
         _check_saved_by_megatron(theirs / name, model)
+        _check_saved_by_megatron(theirs / f"{name}_single", model)
 
 
 def _export(folder: Path, name: str, model: schema.Model) -> None:

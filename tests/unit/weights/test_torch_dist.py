@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -101,6 +102,24 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         TorchDistReader(target, replace(TIED, intermediate_size=88))
     with pytest.raises(TorchDistError, match=r"holds \S+bias, which the network does not have"):
         TorchDistReader(target, replace(TIED, architecture="llama"))
+
+
+def test_padded_vocabularies_and_prefixes_of_other_trainers(tmp_path: Path) -> None:
+    weights = random_weights(LLAMA)
+    source = write_hf(tmp_path / "hf", LLAMA, weights)
+    plain = TorchDistFolder(exported(source, LLAMA, tmp_path / "plain"))
+    tensors = {}
+    for key, stored in plain.tensors.items():
+        values = plain.read(key, tuple((0, size) for size in stored.shape))
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            values = torch.cat([values, torch.zeros(32, values.shape[1], dtype=values.dtype)])
+        tensors[f"module.{key}"] = values
+        tensors[f"optimizer.state.exp_avg.module.{key}"] = values
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        save(tensors, checkpoint_id=tmp_path / "padded", no_dist=True)
+    with open_reader(source, LLAMA) as ours, open_reader(tmp_path / "padded", LLAMA) as theirs:
+        names = names_of(ours, theirs, lambda name: True)
+        assert list(compare(ours, theirs, names)) == [None] * len(weights)
 
 
 class _Hostile:

@@ -8,8 +8,9 @@ from r1mega.weights.engine_names import EngineLayout
 
 def engine_layout(config: Config) -> EngineLayout:
     """Of every engine of a job. Raises ValueError for sizes that contradict each other."""
+    quantized = config.rollout.quantization == "fp8"
     if config.rollout.engine == "embedded":
-        return EngineLayout(fused=False)
+        return EngineLayout(quantized=quantized, fused=False)
     flags = _flags(config.rollout.sglang_args)
     gpus = config.cluster.gpus_per_engine if config.cluster.backend == "cuda" else 1
     tp = flags.tp_size or gpus
@@ -18,7 +19,7 @@ def engine_layout(config: Config) -> EngineLayout:
         tp=tp,
         ep=tp if exchanges_tokens else flags.ep_size,
         dp=flags.dp_size if flags.enable_dp_attention else flags.attn_dp_size,
-        quantized=config.rollout.quantization == "fp8",
+        quantized=quantized,
         dense_replicated=flags.moe_dense_tp_size == 1,
         shared_replicated=exchanges_tokens,
         dp_head=flags.enable_dp_lm_head,

@@ -181,6 +181,23 @@ def test_bad_input_ends_before_anything_starts(
     assert not list(tmp_path.glob("run/logs/*"))
 
 
+def test_fp8_weights_by_disk_are_proved_in_every_sync(base: str, tmp_path: Path) -> None:
+    """A whole job: engines sample from rounded weights, and from nothing but those."""
+    layers = [base, "rollout.sync=disk", "rollout.quantization=fp8", "rollout.verify=all"]
+    layers += ["parallel.tp=1", "parallel.ep=1", "cluster.learner_processes_per_node=2"]
+    folder = rl(tmp_path, *layers, "stage.steps=2", "stage.eval_every=0", "stage.save_every=-1")
+    found = rows(folder)
+    assert [row["step"] for row in found] == [1, 2]
+    for row in found:
+        assert row["sync/engines"] == 2
+        assert row["sync/verified"] % 2 == 0
+        assert row["sync/verified"] > 200  # all parameters of both
+        assert row["sync/bytes"] == row["sync/minimum_bytes"]
+        assert 1e-5 < row["sync/probe_difference"] < 0.1
+        assert 1e-5 < row["mismatch/max"] < 1
+    assert [path.name for path in (folder / "engine_weights").iterdir()] == ["version_000002"]
+
+
 def test_a_checkpoint_of_another_model_is_one_sentence(straight: Path, base: str) -> None:
     done = r1mega("rl", *SMALL, base, f"run.root={straight.parent}", "model.rms_norm_eps=1e-5")
     assert done.returncode == 1

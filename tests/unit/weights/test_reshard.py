@@ -1,7 +1,5 @@
 """Every engine byte once, from a rank that has it: by brute force, and by the plan's own proof."""
 
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1mega.config import schema
-from r1mega.model.hf_config import model_from_hf
+from r1mega.config.load import load
 from r1mega.parallel.layout import Layout
 from r1mega.weights.cuts import Region, volume
 from r1mega.weights.engine_names import EngineLayout, engine_slices
@@ -20,7 +18,7 @@ from r1mega.weights.proof import prove
 from r1mega.weights.reshard import Flow, Plan, Transfer, plan
 from tests.unit.weights.layouts import MODELS, V3, engine_layouts, learners, spec_of
 
-DATA = Path(os.environ.get("R1MEGA_DATA", Path(__file__).parents[4] / "shared" / "data"))
+CONFIGS = Path(__file__).parents[3] / "configs"
 # Every width of it divides by 256, so that FP8 can be cut in two.
 WIDE = schema.Model(
     vocab_size=128,
@@ -176,12 +174,10 @@ def test_replicas_share_the_sending() -> None:
     assert max(made.sent_bytes) / (made.bytes / 4) < 1.02
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"needs DeepSeek-V3's shapes under {DATA}")
 @pytest.mark.parametrize("tp", [1, 8])
 def test_671b_moves_no_byte_too_many(tp: int) -> None:
     """256 ranks to a bf16 engine of 32 and an FP8 one of 16. A rank of the 32 holds 40.92 GiB."""
-    text = (DATA / "deepseek_v3" / "hf_config_deepseek_v3_671B.json").read_text()
-    model = model_from_hf(json.loads(text))
+    model = load([str(CONFIGS / "model/deepseek_v3.yaml"), "stage.kind=sft"]).model
     learner = Layout(
         world=256, tp=tp, pp=16, ep=16, layers_in_first_stage=3, layers_in_last_stage=2
     )

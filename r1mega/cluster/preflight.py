@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from r1mega.cluster.engine_layout import engine_layout
 from r1mega.cluster.errors import JobFailed
 from r1mega.cluster.initial_weights import check_weights
 from r1mega.config.derived import mtp_mode, num_nodes
@@ -14,6 +15,7 @@ from r1mega.records import Sequence
 from r1mega.rollout import control
 from r1mega.rollout.replay import rollout_numbers
 from r1mega.system import processes
+from r1mega.weights.engine_names import engine_slices
 from r1mega.weights.names import Spec
 
 
@@ -33,6 +35,8 @@ def check_inputs(config: Config) -> None:
             load_prompts(config.data, tokenizer, config.seed)
         else:
             rollout_numbers(Path(config.rollout.replay))
+        if config.stage.kind != "sft" and config.rollout.replay is None:
+            engine_slices(config.model, engine_layout(config), 0)  # a cut that SGLang cannot make
         if config.model.init != "random":
             mtp = mtp_mode(config.learner, config.stage) != "none"
             check_weights(Path(config.model.init), config.model, Spec(mtp=mtp))

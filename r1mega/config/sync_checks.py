@@ -18,22 +18,16 @@ def _fp8(config: Config) -> Iterator[str]:
     model, rollout, parallel = config.model, config.rollout, config.parallel
     if network.is_dense(model):
         yield (
-            f"rollout.quantization=fp8 is DeepSeek-V3's form of its own weights; "
-            f"{model.architecture} engines take none of it: use none"
+            "rollout.quantization=fp8 is the form of DeepSeek-V3's weights, not of "
+            f"{model.architecture}'s; use none"
         )
         return
     if rollout.engine == "sglang":
-        yield from _undivided("rollout.quantization=fp8 on sglang", _widths(model))
-        tp = config.cluster.gpus_per_engine or 1
-        yield from _uncut(f"cluster.gpus_per_engine={tp}", _cuts(model), tp)
+        yield from _undivided(_widths(model))
     if rollout.sync != "broadcast":  # every learner rank quantizes what it holds
-        yield from _uncut(
-            f"rollout.sync={rollout.sync} and tp={parallel.tp}", _cuts(model), parallel.tp
-        )
+        yield from _uncut(rollout.sync, "tp", parallel.tp, _cuts(model))
         experts = {"moe_intermediate_size": model.moe_intermediate_size}
-        yield from _uncut(
-            f"rollout.sync={rollout.sync} and etp={parallel.etp}", experts, parallel.etp
-        )
+        yield from _uncut(rollout.sync, "etp", parallel.etp, experts)
 
 
 def _widths(m: Model) -> dict[str, int]:
@@ -62,16 +56,19 @@ def _cuts(m: Model) -> dict[str, int]:
     }
 
 
-def _undivided(cause: str, widths: dict[str, int]) -> Iterator[str]:
+def _undivided(widths: dict[str, int]) -> Iterator[str]:
     for name, width in widths.items():
         if width % _BLOCK:
-            yield f"{cause} wants whole blocks of {_BLOCK}, but model.{name} is {width}: use none"
-
-
-def _uncut(cause: str, widths: dict[str, int], ways: int) -> Iterator[str]:
-    for name, width in widths.items():
-        if ways > 1 and width % (ways * _BLOCK):
             yield (
-                f"rollout.quantization=fp8 with {cause} cuts {name} = {width} in {ways} parts that "
-                f"are no whole blocks of {_BLOCK}: use fewer, or rollout.quantization=none"
+                f"rollout.quantization=fp8: SGLang wants whole blocks of {_BLOCK}, but {name} is "
+                f"{width}; use none"
+            )
+
+
+def _uncut(sync: str, axis: str, size: int, widths: dict[str, int]) -> Iterator[str]:
+    for name, width in widths.items():
+        if width % (size * _BLOCK) and size > 1:
+            yield (
+                f"rollout.quantization=fp8 with rollout.sync={sync}: {axis}={size} cuts {name} = "
+                f"{width} inside a block of {_BLOCK}; use sync=broadcast, or quantization=none"
             )

@@ -111,20 +111,20 @@ class Proof:
 
 
 def sample(parameters: Sequence[Parameter], version: int) -> list[Parameter]:
-    """An eighth of the bytes, a gigabyte at most, but one parameter at least: each comes first at
-    times."""
+    """One parameter, whatever its size, and of the others what fits in an eighth of all bytes, in
+    a gigabyte at most. Their order is another one for each version, so that each comes first at
+    times; small ones, such as expert biases and norms, are nearly always in."""
 
     def place(parameter: Parameter) -> bytes:
         return hashlib.sha256(f"{version}/{parameter.name}".encode()).digest()
 
-    budget = min(_AT_ONCE_BYTES, sum(p.num_bytes for p in parameters) // _SAMPLE_ONE_IN)
     first, *others = sorted(parameters, key=place)
-    chosen, size = {first}, first.num_bytes
+    left = min(_AT_ONCE_BYTES, sum(p.num_bytes for p in parameters) // _SAMPLE_ONE_IN)
+    chosen = {first}
     for parameter in others:
-        size += parameter.num_bytes
-        if size > budget:
-            break
-        chosen.add(parameter)
+        if parameter.num_bytes <= left:
+            chosen.add(parameter)
+            left -= parameter.num_bytes
     return [parameter for parameter in parameters if parameter in chosen]
 
 

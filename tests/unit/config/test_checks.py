@@ -271,6 +271,20 @@ SINGLE = {
     "learner.lr=.nan": "learner.lr=nan: must be at least 0",
     "learner.lr=-1": "learner.lr=-1.0: must be at least 0",
     "rollout.temperature=0": "rollout.temperature=0.0: must be above 0",
+    "rollout.probe_tolerance=0": "rollout.probe_tolerance=0.0: must be above 0",
+    "LLAMA rollout.quantization=fp8": (
+        "rollout.quantization=fp8 is the form of DeepSeek-V3's weights, not of llama's; use none"
+    ),
+    "FP8 GPU model.kv_lora_rank=64": (
+        "rollout.quantization=fp8: SGLang wants whole blocks of 128, but kv_lora_rank is 64"
+    ),
+    "FP8 TP2 rollout.sync=disk model.intermediate_size=640": (
+        "rollout.quantization=fp8 with rollout.sync=disk: tp=2 cuts intermediate_size = 640 inside"
+    ),
+    "FP8 TP2 rollout.sync=p2p parallel.etp=2 model.moe_intermediate_size=128 "
+    "model.n_shared_experts=2": (
+        "rollout.quantization=fp8 with rollout.sync=p2p: etp=2 cuts moe_intermediate_size = 128"
+    ),
     "rollout.request_timeout_s=.inf": "rollout.request_timeout_s=inf: must be above 0",
     "rollout.top_p=1.1": "rollout.top_p=1.1: must be above 0 and at most 1",
     "rollout.top_k=0": "rollout.top_k=0: must be at least 1, or -1 for off",
@@ -281,6 +295,12 @@ SINGLE = {
 }
 
 SHORTHANDS = {
+    "FP8": [
+        "rollout.quantization=fp8",
+        *(f"model.{name}=256" for name in ("hidden_size", "intermediate_size", "q_lora_rank")),
+        *(f"model.{name}=256" for name in ("moe_intermediate_size", "kv_lora_rank")),
+        *(f"model.{name}=64" for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+    ],
     "TP2": ["parallel.tp=2", "cluster.learner_processes_per_node=2"],
     "PP4": ["parallel.pp=4", "cluster.learner_processes_per_node=4"],
     "CUDA": CUDA,
@@ -335,6 +355,10 @@ VALID = [
     "learner.overlap_grad_reduce=true learner.bucket_parameters=1000 learner.overlap_param_gather="
     "true learner.megatron.moe_aux_loss_coeff=0",
     "stage.only=train rollout.replay=kept data.source=gsm8k",
+    "FP8 GPU",
+    "FP8 TP2 rollout.sync=disk",
+    # Where rank 0 quantises whole tensors, no cut of the learner's matters.
+    "TP2 rollout.quantization=fp8",
     # SGLang also serves on a CPU.
     "rollout.engine=sglang",
     # Documents have no response limit and start no engine.

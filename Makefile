@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 SGLANG := .venv-sglang
-GPU_FREE_TESTS := $(wildcard tests/unit tests/distributed tests/cluster)
+# Unit tests wait for little but a core; the others have processes enough of their own.
+UNIT_TESTS := -n 2 --dist loadfile tests/unit
+PROCESS_TESTS := $(wildcard tests/distributed tests/cluster)
 
 # One thread per process: many processes share the cores, and two threads each are slower than one.
 export OMP_NUM_THREADS ?= 1
@@ -25,14 +27,15 @@ smoke: $(READY)  ## pretrain a tiny base, then R1-Zero (tp2 pp2 ep2) on this mac
 	$(BIN)/r1mega rl configs/smoke/r1_zero.yaml seed=$(SEED)  # evaluates before, during and after
 
 test: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not soak" $(GPU_FREE_TESTS)
+	$(BIN)/python -m pytest -m "not gpu and not soak" $(UNIT_TESTS)
+	$(BIN)/python -m pytest -m "not gpu and not soak" $(PROCESS_TESTS)
 
 check: $(READY)  ## lint, format, types, floors and unit tests; under two minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not soak" tests/unit
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not soak" $(UNIT_TESTS)
 
 bench: $(PEERS)  ## every benchmark, one JSON line each
 	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done

@@ -90,7 +90,7 @@ def _make(
     for band in recipe.bands(source):
         for piece, region, part in digests[band.name].cut(band):
             files[piece.file].write(piece.key, region, part)
-        meter.advance(len(bytes_of(band.values)))
+        meter.advance(band.values.nbytes)
     return {name: [digest for _, digest in pieces] for name, pieces in digests.items()}
 
 

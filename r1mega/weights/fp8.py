@@ -4,7 +4,7 @@ A weight is ``code * scale``; the scale of a block is its largest magnitude / 44
 (DeepSeek-V3 report, section 3.3; ``weight_dequant`` and ``act_quant`` in DeepSeek-V3's
 inference/kernel.py). A block that was quantised so comes back from bf16 with equal codes and a
 scale within 2^-8. Pure maths on the device of its arguments. Shape suffixes: R, C rows and columns
-of a weight, S, T rows and columns of blocks.
+of a weight, S, T rows and columns of blocks, B rows or columns of one block.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     A block without a magnitude that fp32 can scale, as one of zeros, has scale 1. Raises ValueError
     when a weight is not finite.
     """
-    weight_RC = weight_RC.float()
-    amax_ST = _block_amax(weight_RC)
+    scaled_RC = weight_RC.to(torch.float32, copy=True)
+    amax_ST = _block_amax(scaled_RC)
     if not bool(amax_ST.isfinite().all()):
         raise ValueError("a weight that is not finite has no FP8 form: use an earlier checkpoint")
     scales_ST = amax_ST / LARGEST
     scales_ST[scales_ST < torch.finfo(torch.float32).tiny] = 1.0
-    codes_RC = _each_block(weight_RC.clone(), scales_ST, (0, 0), Tensor.div_)
-    return codes_RC.to(torch.float8_e4m3fn), scales_ST
+    _each_block(scaled_RC, scales_ST, (0, 0), Tensor.div_)
+    return scaled_RC.to(torch.float8_e4m3fn), scales_ST
 
 
 def dequantize(codes_RC: Tensor, scales_ST: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
@@ -44,8 +44,10 @@ def dequantize(codes_RC: Tensor, scales_ST: Tensor, origin: tuple[int, int] = (0
 
 def _block_amax(weight_RC: Tensor) -> Tensor:
     rows, columns = weight_RC.shape
-    padded_RC = pad(weight_RC.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    return padded_RC.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    if rows % BLOCK or columns % BLOCK:
+        weight_RC = pad(weight_RC, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks_SBTB = weight_RC.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return torch.maximum(blocks_SBTB.amax((1, 3)), -blocks_SBTB.amin((1, 3)))
 
 
 def _each_block(

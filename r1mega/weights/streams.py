@@ -22,7 +22,7 @@ from r1mega.weights.readers import Reader
 from r1mega.weights.slices import Piece, StoredTensor, indices, intersect, within
 from r1mega.weights.tensor_file import DTYPES, bytes_of, whole
 
-BAND_BYTES = 4 << 20
+BAND_BYTES = 1 << 20  # larger ones are no faster, and four threads have a few each
 Precision = Literal["keep", "bf16", "fp8"]
 
 

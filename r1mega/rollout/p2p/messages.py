@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _ALIGNMENT = 16  # a piece in a message begins where any dtype can be read
-_FILL = 4  # a piece above 1 / _FILL of a bucket goes alone, so that it needs no packing
+_SMALL_BYTES = 256 << 10  # larger pieces go alone: they need no packing where they lie contiguous
+_PACKED_BYTES = 4 << 20  # a larger message of small pieces would only leave the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,17 @@ def split(rows: range, row_bytes: int, limit: int, multiple: int = 1) -> Iterato
 
 
 def pack(items: Iterable[T], nbytes: Callable[[T], int], bucket_bytes: int) -> list[tuple[T, ...]]:
-    """Small ones together in buckets of at most ``bucket_bytes``, large ones alone."""
+    """Small ones together in messages of at most ``bucket_bytes``, large ones alone."""
+    limit = min(bucket_bytes, _PACKED_BYTES)
     packed: list[tuple[T, ...]] = []
     bucket: list[T] = []
     filled = 0
     for item in items:
         needed = _aligned(nbytes(item))
-        if needed > bucket_bytes // _FILL:
+        if needed > min(limit, _SMALL_BYTES):
             packed.append((item,))
             continue
-        if filled + needed > bucket_bytes:
+        if filled + needed > limit:
             packed.append(tuple(bucket))
             bucket, filled = [], 0
         bucket.append(item)

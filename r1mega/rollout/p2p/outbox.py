@@ -8,9 +8,9 @@ from r1mega.weights.blocks import BLOCK, weight_name
 from r1mega.weights.engine_names import CODES
 from r1mega.weights.fp8 import quantize
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.names import ParameterSlice, Region
+from r1mega.weights.names import ParameterSlice
+from r1mega.weights.regions import Region, indices
 from r1mega.weights.reshard import Transfer
-from r1mega.weights.slices import indices
 
 
 class Outbox:

@@ -3,11 +3,10 @@
 Joins the group it is invited to, learns from each sender's header what will come, writes it into
 its tensors and compares every digest. What does not fit, or is not what was sent, is received to
 the end and reported to learner rank 0, so that nobody waits; a lost peer ends it at once, and
-leaving the group tells all others. Memory: WINDOW messages that cannot be received in place.
+leaving the group tells all others. Memory: two messages that cannot be received in place.
 """
 
 import json
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from r1mega.rollout.p2p.messages import (
     size,
     spans,
 )
-from r1mega.rollout.p2p.wire import WINDOW, PeerLost, Posted, Wire, as_bytes, digest, wire_device
+from r1mega.rollout.p2p.wire import PeerLost, Posted, Window, Wire, as_bytes, digest, wire_device
 from r1mega.rollout.wire import join_group
 
 REPORT_BYTES = 1024
@@ -145,19 +144,14 @@ class _Incoming:
         queues = self._headers()
         arriving = in_turn(queues, self._turn)
         staged = [size(message) for _, message in arriving if self._in_place(message) is None]
-        staging = torch.empty(
-            WINDOW, max(staged, default=0), dtype=torch.uint8, device=self._wire.device
-        )
-        under_way: deque[_Arrival] = deque()
-        for number, (sender, message) in enumerate(arriving):
-            if len(under_way) == WINDOW:
-                self._take(under_way.popleft())
+        window = Window(self._take, max(staged, default=0), self._wire.device)
+        for sender, message in arriving:
             place = self._in_place(message)
-            data = staging[number % WINDOW, : size(message)] if place is None else place
+            data = window.stage(size(message)) if place is None else place
             posted = self._wire.receive(data, sender, message[0].tensor)
-            under_way.append(_Arrival(posted, sender, message, data, place is not None))
-        for arrival in under_way:
-            self._take(arrival)
+            arrival = _Arrival(posted, sender, message, data, place is not None)
+            window.add(arrival, staged=place is None)
+        window.finish()
         self._compare_digests(queues)
 
     def _headers(self) -> dict[int, list[Message]]:

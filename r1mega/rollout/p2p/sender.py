@@ -2,14 +2,14 @@
 
 Packs small slices into messages and casts them on the way; a large slice that lies contiguous in
 its wire's dtype is sent from where it is. While a message is on the wire the next one is packed and
-the last one hashed. Memory: WINDOW messages.
+the last one hashed. Memory: two messages that have to be packed.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from r1mega.rollout.p2p.messages import (
     spans,
     split,
 )
-from r1mega.rollout.p2p.wire import WINDOW, Posted, Wire, as_bytes, digest
+from r1mega.rollout.p2p.wire import Posted, Window, Wire, as_bytes, digest
 from r1mega.weights.blocks import BLOCK
 from r1mega.weights.engine_names import CODES
 
@@ -83,17 +83,15 @@ def send_all(
     _to_each(wire, {r: _as_tensor(headers[r], wire) for r in receivers}, "a header")
     departing = in_turn(queues, turn)
     room = max((size(_message(parcel)) for _, parcel in departing), default=0)
-    staging = torch.empty(WINDOW, room, dtype=torch.uint8, device=wire.device)
+    window = Window[tuple[Posted, Tensor]](  # with the data, to keep it alive
+        lambda message: message[0].wait(), room, wire.device
+    )
     digests: dict[int, list[int]] = {receiver: [] for receiver in receivers}
-    under_way: deque[tuple[Posted, Tensor]] = deque()  # keeps what is sent alive
-    for number, (receiver, parcel) in enumerate(departing):
-        if len(under_way) == WINDOW:
-            under_way.popleft()[0].wait()
-        data = _assemble(parcel, read, staging[number % WINDOW])
-        under_way.append((wire.send(data, receiver, parcel[0].piece.tensor), data))
+    for receiver, parcel in departing:
+        data, is_staged = _assemble(parcel, read, window, wire.device)
+        window.add((wire.send(data, receiver, parcel[0].piece.tensor), data), staged=is_staged)
         digests[receiver] += [digest(data[a:b]) for a, b in spans(_message(parcel))]
-    for posted, _ in under_way:
-        posted.wait()
+    window.finish()
     _to_each(wire, {r: _numbers(digests[r], wire) for r in receivers}, "the digests")
     return sum(item.nbytes for _, parcel in departing for item in parcel)
 
@@ -102,25 +100,24 @@ def _message(parcel: Parcel) -> tuple[Piece, ...]:
     return tuple(item.piece for item in parcel)
 
 
-def _assemble(parcel: Parcel, read: Read, staging: Tensor) -> Tensor:
-    """The bytes of a message: a lone tensor's own where that can be, else packed in ``staging``."""
+def _assemble(
+    parcel: Parcel, read: Read, window: Window[Any], device: torch.device
+) -> tuple[Tensor, bool]:
+    """The bytes of a message, and whether they are packed or, of a lone slice, where it lies."""
     first = read(parcel[0])
-    if len(parcel) == 1 and _is_ready(first, parcel[0].piece, staging.device):
-        return as_bytes(first)
+    if len(parcel) == 1 and _is_ready(first, parcel[0].piece, device):
+        return as_bytes(first), False
     message = _message(parcel)
+    data = window.stage(size(message))
     for item, (start, stop) in zip(parcel, spans(message), strict=True):
-        dtype = getattr(torch, item.piece.dtype)
-        values = first if item is parcel[0] else read(item)
-        staging[start:stop].view(dtype).copy_(values.reshape(-1))
-    return staging[: size(message)]
+        values, dtype = first if item is parcel[0] else read(item), getattr(torch, item.piece.dtype)
+        data[start:stop].view(dtype).view(values.shape).copy_(values)
+    return data, True
 
 
 def _is_ready(values: Tensor, piece: Piece, device: torch.device) -> bool:
-    return (
-        values.is_contiguous()
-        and values.dtype == getattr(torch, piece.dtype)
-        and values.device.type == device.type
-    )
+    as_wanted = values.dtype == getattr(torch, piece.dtype) and values.device.type == device.type
+    return as_wanted and values.is_contiguous()
 
 
 def _to_each(wire: Wire, data: Mapping[int, Tensor], what: str) -> None:

@@ -5,15 +5,17 @@ one for every pair.
 """
 
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-WINDOW = 2  # messages under way at once: one on the wire while another is packed or unpacked
+T = TypeVar("T")
 
 
 class PeerLost(Exception):
@@ -61,6 +63,37 @@ class Wire:
         except RuntimeError as error:
             raise PeerLost(peer, f"{expected}: {reason(error)}") from error
         return Posted(work, peer, expected)
+
+
+class Window(Generic[T]):
+    """Messages under way, oldest first: at most 16, and at most two of those that are staged.
+
+    While one staged message is on the wire, another one is packed or unpacked.
+    """
+
+    def __init__(self, finish: Callable[[T], object], staged_bytes: int, device: torch.device):
+        """``finish`` waits for a message; no message that is staged has more than
+        ``staged_bytes``."""
+        self._finish = finish
+        self._staging = torch.empty(2, staged_bytes, dtype=torch.uint8, device=device)
+        self._under_way: deque[tuple[T, bool]] = deque()
+        self._num_staged = 0
+
+    def stage(self, size: int) -> Tensor:
+        """Memory for the next message."""
+        while sum(staged for _, staged in self._under_way) == len(self._staging):
+            self._finish(self._under_way.popleft()[0])
+        self._num_staged += 1
+        return self._staging[self._num_staged % len(self._staging), :size]
+
+    def add(self, message: T, *, staged: bool) -> None:
+        if len(self._under_way) == 16:
+            self._finish(self._under_way.popleft()[0])
+        self._under_way.append((message, staged))
+
+    def finish(self) -> None:
+        while self._under_way:
+            self._finish(self._under_way.popleft()[0])
 
 
 def wire_device(backend: str) -> torch.device:

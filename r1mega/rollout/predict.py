@@ -18,9 +18,15 @@ from r1mega.rollout.broadcast import Stream
 from r1mega.rollout.checksum import Checksum, cpu_checksum
 from r1mega.weights import fp8
 from r1mega.weights.blocks import weight_name
-from r1mega.weights.engine_names import EngineLayout, engine_slices, engine_tensors
-from r1mega.weights.names import Region
-from r1mega.weights.tensor_file import extent
+from r1mega.weights.engine_names import (
+    Axis,
+    EngineLayout,
+    engine_slices,
+    engine_tensors,
+    vocabulary_rows,
+)
+from r1mega.weights.names import is_float32
+from r1mega.weights.regions import Region, extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +57,27 @@ class Parameter:
 def engine_parameters(
     model: Model, layout: EngineLayout, rank: int, *, dtype: torch.dtype, checksum: Checksum
 ) -> tuple[Parameter, ...]:
-    """Of a rank of an engine that keeps ``dtype``; the expert bias is float32 in any case."""
+    """Of a rank of an engine that keeps ``dtype``; the expert bias is float32 in any case.
+
+    Without embedding and head where SGLang pads the vocabulary: nobody sends the padding, so it
+    holds what the engine started with.
+    """
     parts: dict[str, list[Part]] = defaultdict(list)
     for piece in engine_slices(model, layout, rank):
         if weight_name(piece.hf_name) is None:  # scales are hashed with their weights
             parts[piece.parameter].append(Part(piece.hf_name, piece.region, piece.target))
+    shapes = {name: _reach(part.target for part in held) for name, held in parts.items()}
     return tuple(
         Parameter(
             name=name,
             rank=rank,
-            shape=_reach(part.target for part in held),
-            dtype=torch.float32 if name.endswith("e_score_correction_bias") else dtype,
+            shape=shapes[name],
+            dtype=torch.float32 if is_float32(name) else dtype,
             parts=tuple(held),
             checksum=checksum,
         )
         for name, held in parts.items()
+        if not _is_padded(name, shapes[name], model, layout)
     )
 
 
@@ -76,6 +88,13 @@ def engine_bytes(model: Model, layout: EngineLayout, itemsize: Callable[[str], i
         for name, tensor in engine_tensors(model, layout).items()
         for region, ranks in tensor.held.parts
     )
+
+
+def _is_padded(name: str, shape: tuple[int, ...], model: Model, layout: EngineLayout) -> bool:
+    axes: dict[str, Axis] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    if name not in axes or not layout.fused:
+        return False
+    return shape[0] < vocabulary_rows(model.vocab_size, layout.parts(axes[name]))
 
 
 def _reach(regions: Iterable[Region]) -> tuple[int, ...]:

@@ -112,34 +112,8 @@ class Publisher:
             self.carrier.abandon()
             return self.team.told(self._blamed(call.engines, passages), _Outcome)
         verdict = self.proof.check(call.engines, version)
-        outcome = _Outcome()
-        if self.fleet is not None:
-            failure = _admit(self.fleet, call.engines, verdict, version)
-            report = (
-                None if failure else self._report(call.engines, passages, verdict, version, started)
-            )
-            outcome = _Outcome(report=report, failure=failure)
-        return self.team.told(outcome, _Outcome)
-
-    def _report(
-        self,
-        engines: tuple[EngineHandle, ...],
-        passages: list[_Passage],
-        verdict: Verdict,
-        version: int,
-        started: float,
-    ) -> SyncReport:
-        sound = tuple(engine.name for engine in engines if engine.url not in verdict.failures)
-        return SyncReport(
-            version=version,
-            engines=sound,
-            bytes=sum(passage.carried.bytes for passage in passages),
-            minimum_bytes=self.engine_bytes * len(engines),
-            point_to_point_bytes=sum(p.carried.point_to_point_bytes for p in passages),
-            verified=verdict.verified,
-            probe_difference=verdict.probe_difference,
-            probe_seconds=verdict.probe_seconds,
-            seconds=time.monotonic() - started,
+        return self.team.told(
+            self._concluded(call.engines, passages, verdict, version, started), _Outcome
         )
 
     def _call(self) -> _Call:
@@ -157,6 +131,32 @@ class Publisher:
             return _Passage(carried=self.carrier.carry(engines, version))
         except CarryFailed as error:
             return _Passage(failures=error.failures, summary=str(error))
+
+    def _concluded(
+        self,
+        engines: tuple[EngineHandle, ...],
+        passages: list[_Passage],
+        verdict: Verdict,
+        version: int,
+        started: float,
+    ) -> _Outcome:
+        """The router forwards to those that passed; on rank 0."""
+        if self.fleet is None:
+            return _Outcome()
+        if failure := _admit(self.fleet, engines, verdict, version):
+            return _Outcome(failure=failure)
+        report = SyncReport(
+            version=version,
+            engines=tuple(e.name for e in engines if e.url not in verdict.failures),
+            bytes=sum(passage.carried.bytes for passage in passages),
+            minimum_bytes=self.engine_bytes * len(engines),
+            point_to_point_bytes=sum(p.carried.point_to_point_bytes for p in passages),
+            verified=verdict.verified,
+            probe_difference=verdict.probe_difference,
+            probe_seconds=verdict.probe_seconds,
+            seconds=time.monotonic() - started,
+        )
+        return _Outcome(report=report)
 
     def _blamed(self, engines: tuple[EngineHandle, ...], passages: list[_Passage]) -> _Outcome:
         """Whose fault it was, into quarantine; on rank 0."""

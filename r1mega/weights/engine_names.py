@@ -13,7 +13,6 @@ from typing import Literal
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape
-from r1mega.weights.cuts import Region, extent, is_empty
 from r1mega.weights.holders import Held
 from r1mega.weights.names import (
     Row,
@@ -24,6 +23,7 @@ from r1mega.weights.names import (
     sites,
     tensor_sizes,
 )
+from r1mega.weights.regions import Region, extent, is_empty, within
 
 Axis = Literal["attention", "dense", "shared", "expert", "embedding", "head"]
 
@@ -182,13 +182,10 @@ class EngineTensor:
         prefix = hf_name.removesuffix(self.hf)
         return (_without_expert(prefix) if self.stacked else prefix) + self.parameter
 
-    def target(self, region: Region, within: Region) -> Region:
-        """Where ``region`` of the tensor lies on a rank that holds ``within`` of it."""
-        rows, *columns = (
-            (start - zero, stop - zero)
-            for (start, stop), (zero, _) in zip(region, within, strict=True)
-        )
-        rows = (rows[0] + self.above, rows[1] + self.above)
+    def target(self, region: Region, held: Region) -> Region:
+        """Where ``region`` of the tensor lies on a rank that holds ``held`` of it."""
+        (start, stop), *columns = within(region, held)
+        rows = start + self.above, stop + self.above
         return (*((index, index + 1) for index in self.stacked), rows, *columns)
 
 
@@ -279,16 +276,21 @@ def _span(dim: str, sizes: dict[str, int], index: int, parts: int) -> tuple[int,
         index, parts = index * heads // parts, heads  # ranks that share a head
     width = size // parts
     if dim == "vocab":
-        padded = _round_up(size, _VOCABULARY_MULTIPLE)
-        if padded % parts:
-            padded = _round_up(size, _VOCABULARY_MULTIPLE * parts)
-        width = padded // parts
+        width = vocabulary_rows(size, parts)
     elif size % parts:
         raise ValueError(
             f"an engine would have to cut {size} ({dim}) into {parts} equal parts: choose its tp, "
             "ep and dp so that it can"
         )
     return min(index * width, size), min((index + 1) * width, size)
+
+
+def vocabulary_rows(size: int, parts: int) -> int:
+    """Of the embedding or the head on each of ``parts`` ranks, padding included."""
+    padded = _round_up(size, _VOCABULARY_MULTIPLE)
+    if padded % parts:
+        padded = _round_up(size, _VOCABULARY_MULTIPLE * parts)
+    return padded // parts
 
 
 def _cut(

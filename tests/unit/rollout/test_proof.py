@@ -1,5 +1,6 @@
 """Which parameters are compared, and what an engine's parameters should look like."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -49,6 +50,21 @@ def test_fused_parameters_are_put_together_as_sglang_has_them() -> None:
             for e in range(MODEL.n_routed_experts)
         ]
         assert found[rank, f"{layer}w13_weight"] == cpu_checksum(torch.stack(experts).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "padded_ranks"), [(64, 1, []), (65, 1, [0]), (128, 2, []), (100, 2, [1])]
+)
+def test_padded_vocabularies_are_left_to_the_probe(
+    vocab_size: int, tp: int, padded_ranks: list[int]
+) -> None:
+    model = replace(MODEL, vocab_size=vocab_size)
+    for rank in range(tp):
+        held = engine_parameters(
+            model, EngineLayout(tp=tp), rank, dtype=torch.bfloat16, checksum=cpu_checksum
+        )
+        found = {p.name for p in held} & {"model.embed_tokens.weight", "lm_head.weight"}
+        assert len(found) == (0 if rank in padded_ranks else 2)
 
 
 def test_the_expert_bias_is_float32_and_quantized_weights_are_the_numbers_they_stand_for() -> None:

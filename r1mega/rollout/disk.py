@@ -22,9 +22,9 @@ from r1mega.weights.blocks import BLOCK, own_scale_region, scale_name, scale_sha
 from r1mega.weights.hf_folder import shard_index
 from r1mega.weights.holders import balanced_owners
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.names import Region
+from r1mega.weights.regions import Region, extent, whole
 from r1mega.weights.slices import HF_INDEX, Piece, StoredTensor
-from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, extent, whole
+from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, TensorFile
 
 log = logging.getLogger(__name__)
 

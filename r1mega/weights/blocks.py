@@ -4,7 +4,7 @@ Published FP8 checkpoints keep the scales of ``NAME`` as ``NAME_scale_inv``: a r
 rows and a column for every 128 columns, the last ones for what remains.
 """
 
-from r1mega.weights.names import Region
+from r1mega.weights.regions import Region
 
 BLOCK = 128
 _SUFFIX = "_scale_inv"

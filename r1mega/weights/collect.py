@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.names import Region
-from r1mega.weights.tensor_file import extent
+from r1mega.weights.regions import Region, extent
 
 _ON_THE_WAY_BYTES = 256 << 20
 

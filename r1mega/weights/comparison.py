@@ -14,8 +14,8 @@ from torch import Tensor
 from r1mega.weights import fp8
 from r1mega.weights.blocks import weight_name
 from r1mega.weights.inspection import Progress, in_order, values_of
-from r1mega.weights.names import Region
 from r1mega.weights.readers import Reader
+from r1mega.weights.regions import Region
 from r1mega.weights.streams import Band, stored_bands
 
 

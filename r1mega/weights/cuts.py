@@ -1,32 +1,8 @@
 """How one dimension of a tensor is cut over ranks, and stacked in Megatron's; imports no torch."""
 
 from dataclasses import dataclass
-from math import prod
 
-Region = tuple[tuple[int, int], ...]  # half-open (start, stop) per dimension
-
-
-def whole(shape: tuple[int, ...]) -> Region:
-    return tuple((0, size) for size in shape)
-
-
-def extent(region: Region) -> list[int]:
-    """The shape of what a region cuts out."""
-    return [stop - start for start, stop in region]
-
-
-def volume(region: Region) -> int:
-    """How many elements."""
-    return prod(extent(region))
-
-
-def intersect(a: Region, b: Region) -> Region:
-    """What two regions of a tensor share; it may be empty."""
-    return tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-
-
-def is_empty(region: Region) -> bool:
-    return any(start >= stop for start, stop in region)
+from r1mega.weights.regions import Region
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from math import prod
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.cuts import Region
 from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
-from r1mega.weights.slices import intersect, within
-from r1mega.weights.tensor_file import runs, whole
+from r1mega.weights.regions import Region, intersect, whole, within
+from r1mega.weights.tensor_file import runs
 
 Parameter = tuple[int, str]  # virtual chunk and Megatron name, on some rank
 

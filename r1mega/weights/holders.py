@@ -12,8 +12,8 @@ from math import lcm
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import own_scale_region, scale_name, scale_shape
-from r1mega.weights.cuts import Region, is_empty
 from r1mega.weights.names import Row, Scope, Site, Spec, cut_row, rows_by_scope, sites, tensor_sizes
+from r1mega.weights.regions import Region, is_empty
 
 Part = tuple[Region, tuple[int, ...]]  # a region, and the ranks that hold it in rising order
 

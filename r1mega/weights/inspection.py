@@ -31,9 +31,10 @@ from r1mega.weights.manifest import (
     verify_file,
 )
 from r1mega.weights.readers import Reader, is_torch_dist
+from r1mega.weights.regions import extent
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader, StoredTensor
 from r1mega.weights.streams import Band, stored_bands
-from r1mega.weights.tensor_file import DTYPES, TensorFileError, extent
+from r1mega.weights.tensor_file import DTYPES, TensorFileError
 
 THREADS = 4  # more than cores: some of them wait for the disk
 _NORM_ELEMENTS = 1 << 18  # as float64 they stay in the processor's cache

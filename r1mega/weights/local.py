@@ -12,7 +12,8 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.holders import Held, holders
-from r1mega.weights.names import ParameterSlice, Region, Spec, parameter_slices
+from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
+from r1mega.weights.regions import Region
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]

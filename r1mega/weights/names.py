@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.cuts import Cut, Stacked, cut_dim, stack
-from r1mega.weights.cuts import Region as Region
+from r1mega.weights.regions import Region
 
 # "copy": on a last stage that is not the first. "mtp": an MTP layer, beside its transformer layer.
 Scope = Literal["first", "layer", "dense", "moe", "expert", "last", "copy", "mtp"]

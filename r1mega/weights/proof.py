@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from itertools import chain, pairwise
 
 from r1mega.weights.blocks import BLOCK, weight_name
-from r1mega.weights.cuts import Region, extent, volume
 from r1mega.weights.engine_names import CODES, FLOAT32, EngineSlice, EngineTensor, engine_slices
 from r1mega.weights.names import parameter_slices
-from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import Region, extent, partition_fault, volume, within
 from r1mega.weights.reshard import Flow, Plan
 
 # What some rank of an engine gets: regions of each of some tensors, and their dtype.
@@ -106,11 +105,7 @@ def _prove_received(written: _Written, expected: Mapping[str, EngineSlice], wher
         raise ValueError(f"{where}: {min(wrong)} is sent never, twice or for nothing")
     for (names, dtype), regions in written.items():
         for region, wanted in {(expected[n].region, expected[n].dtype) for n in names}:
-            origin = [start for start, _ in region]
-            moved = [
-                tuple((a - zero, b - zero) for (a, b), zero in zip(part, origin, strict=True))
-                for part in regions
-            ]
+            moved = [within(part, region) for part in regions]
             if fault := partition_fault(tuple(extent(region)), moved):
                 raise ValueError(f"{where}: {names[0]}{list(region)}: {fault}")
             if dtype != wanted:

@@ -11,7 +11,7 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.model.hf_config import model_from_hf
 from r1mega.weights.checkpoint import COMPANIONS, STATE, read_state
-from r1mega.weights.names import Region
+from r1mega.weights.regions import Region
 from r1mega.weights.slices import SliceReader, StoredTensor
 
 

@@ -1,9 +1,46 @@
-"""Do rectangles cover a tensor, each element exactly once?"""
+"""Rectangles of tensors: pure arithmetic, no torch."""
 
 from collections.abc import Iterable
 from math import prod
 
-from r1mega.weights.names import Region
+Region = tuple[tuple[int, int], ...]  # half-open (start, stop) per dimension
+
+
+def whole(shape: Iterable[int]) -> Region:
+    return tuple((0, size) for size in shape)
+
+
+def extent(region: Region) -> list[int]:
+    """The shape of what a region cuts out."""
+    return [stop - start for start, stop in region]
+
+
+def volume(region: Region) -> int:
+    """How many elements."""
+    return prod(stop - start for start, stop in region)
+
+
+def is_empty(region: Region) -> bool:
+    return any(start >= stop for start, stop in region)
+
+
+def intersect(a: Region, b: Region) -> Region | None:
+    """The rectangle two regions of one tensor share, or None."""
+    both = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return None if is_empty(both) else both
+
+
+def within(region: Region, outer: Region) -> Region:
+    """``region`` counted from the first corner of ``outer``."""
+    return tuple(
+        (start - origin, stop - origin)
+        for (start, stop), (origin, _) in zip(region, outer, strict=True)
+    )
+
+
+def indices(region: Region, outer: Region) -> tuple[slice, ...]:
+    """Index of ``region`` inside the block that holds ``outer``."""
+    return tuple(slice(*span) for span in within(region, outer))
 
 
 def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region
-from r1mega.weights.cuts import Region, intersect, is_empty, volume
 from r1mega.weights.engine_names import CODES, FLOAT32, EngineLayout, EngineTensor, engine_tensors
 from r1mega.weights.holders import Held, holders
 from r1mega.weights.names import Spec
+from r1mega.weights.regions import Region, intersect, volume
 from r1mega.weights.sharing import Demand, Stretch, share
 
 _WIDTHS: dict[str | None, int] = {CODES: 1, FLOAT32: 4}  # bytes of an element
@@ -200,8 +200,7 @@ def _routes(
     """To all that hold some of ``region``; an element has ``width`` bytes."""
     for receiver in receivers:
         for within, ranks in receiver.tensors[name].held.parts:
-            shared = intersect(region, within)
-            if not is_empty(shared):
+            if (shared := intersect(region, within)) is not None:
                 targets = tuple((engine, rank) for engine in receiver.engines for rank in ranks)
                 yield Route(shared, within, targets, volume(shared) * width)
 

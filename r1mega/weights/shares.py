@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from math import prod
 
 from r1mega.weights.checkpoint import shard
-from r1mega.weights.cuts import Region
 from r1mega.weights.holders import balanced_owners
 from r1mega.weights.host_file import Part
 from r1mega.weights.local import LocalWeights, wire_dtype
 from r1mega.weights.names import ParameterSlice
+from r1mega.weights.regions import Region, extent
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index
-from r1mega.weights.tensor_file import DTYPE_NAMES, extent
+from r1mega.weights.tensor_file import DTYPE_NAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,16 @@ from torch import Tensor
 
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape
-from r1mega.weights.names import Region
-from r1mega.weights.regions import partition_fault
-from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile, extent, whole
+from r1mega.weights.regions import (
+    Region,
+    extent,
+    indices,
+    intersect,
+    partition_fault,
+    whole,
+    within,
+)
+from r1mega.weights.tensor_file import DTYPES, Entry, TensorFile
 
 FORMAT = "r1mega-checkpoint-2"
 CHECKPOINT_INDEX = "index.json"
@@ -244,25 +251,6 @@ def checkpoint_index(tensors: Mapping[str, StoredTensor]) -> str:
         for name, stored in tensors.items()
     }
     return json.dumps({"format": FORMAT, "tensors": values})
-
-
-def intersect(a: Region, b: Region) -> Region | None:
-    """The rectangle two regions of one tensor share, or None."""
-    both = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-    return both if all(start < stop for start, stop in both) else None
-
-
-def within(region: Region, outer: Region) -> Region:
-    """``region`` counted from the first corner of ``outer``."""
-    return tuple(
-        (start - origin, stop - origin)
-        for (start, stop), (origin, _) in zip(region, outer, strict=True)
-    )
-
-
-def indices(region: Region, outer: Region) -> tuple[slice, ...]:
-    """Index of ``region`` inside the block that holds ``outer``."""
-    return tuple(slice(*span) for span in within(region, outer))
 
 
 def _is_inside(name: Any) -> bool:

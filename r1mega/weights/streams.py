@@ -17,10 +17,10 @@ from torch import Tensor
 
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape, weight_name
-from r1mega.weights.names import Region
 from r1mega.weights.readers import Reader
-from r1mega.weights.slices import Piece, StoredTensor, indices, intersect, within
-from r1mega.weights.tensor_file import DTYPES, bytes_of, whole
+from r1mega.weights.regions import Region, indices, intersect, whole, within
+from r1mega.weights.slices import Piece, StoredTensor
+from r1mega.weights.tensor_file import DTYPES, bytes_of
 
 BAND_BYTES = 1 << 20  # larger ones are no faster, and four threads have a few each
 Precision = Literal["keep", "bf16", "fp8"]

@@ -8,7 +8,7 @@ mapping ends the process. A header is believed only when it accounts for every b
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from r1mega.weights.names import Region
+from r1mega.weights.regions import Region, extent, whole
 
 DTYPES = {
     "F64": torch.float64,
@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.itemsize
+        return num_bytes(self.dtype, self.shape)
 
 
 class TensorFile:
@@ -216,19 +216,15 @@ def digest_tensor(values: Tensor) -> str:
     return xxhash.xxh3_128(bytes_of(values.contiguous())).hexdigest()
 
 
+def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Of a tensor; ``dtype`` is safetensors' name."""
+    return prod(shape) * DTYPES[dtype].itemsize
+
+
 def bytes_of(values: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
     view: memoryview = values.detach().reshape(-1).view(torch.uint8).numpy().data
     return view
-
-
-def whole(shape: Iterable[int]) -> Region:
-    return tuple((0, size) for size in shape)
-
-
-def extent(region: Region) -> list[int]:
-    """The shape of what a region cuts out."""
-    return [stop - start for start, stop in region]
 
 
 def runs(shape: tuple[int, ...], region: Region) -> Iterator[tuple[int, int]]:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.names import ParameterSlice, Region, Spec, parameter_slices
-from r1mega.weights.slices import StoredTensor, indices, intersect, within
-from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, extent
+from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
+from r1mega.weights.regions import Region, extent, indices, intersect, within
+from r1mega.weights.slices import StoredTensor
+from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES
 from r1mega.weights.torch_dist_file import TorchDistError, TorchDistFolder
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")

@@ -36,10 +36,9 @@ from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights import fp8
 from r1mega.weights.checkpoint import COMPANIONS
 from r1mega.weights.manifest import partial_folder
-from r1mega.weights.names import Region
 from r1mega.weights.readers import Reader
-from r1mega.weights.slices import indices, intersect, within
-from r1mega.weights.tensor_file import DTYPES, extent
+from r1mega.weights.regions import Region, extent, indices, intersect, within
+from r1mega.weights.tensor_file import DTYPES
 from r1mega.weights.torch_dist import (
     Home,
     MegatronTensor,

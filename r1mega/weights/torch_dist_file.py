@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from r1mega.weights.names import Region
-from r1mega.weights.regions import partition_fault
-from r1mega.weights.slices import indices, intersect
-from r1mega.weights.tensor_file import DTYPE_NAMES, extent
+from r1mega.weights.regions import Region, extent, indices, intersect, partition_fault
+from r1mega.weights.tensor_file import DTYPE_NAMES
 
 METADATA = ".metadata"
 _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's, one folder up

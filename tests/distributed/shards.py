@@ -16,7 +16,8 @@ from r1mega.weights.engine_names import EngineLayout, engine_slices
 from r1mega.weights.fp8 import quantize
 from r1mega.weights.holders import holders
 from r1mega.weights.local import LocalWeights
-from r1mega.weights.names import Region, Spec, hf_shapes, is_float32, parameter_slices
+from r1mega.weights.names import Spec, hf_shapes, is_float32, parameter_slices
+from r1mega.weights.regions import Region
 
 
 def whole(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -25,8 +25,8 @@ from r1mega.rollout.proof import Proof
 from r1mega.rollout.publish import SyncFailed
 from r1mega.rollout.router import RouterClient
 from r1mega.rollout.transfer import _update_body
+from r1mega.weights.regions import whole
 from r1mega.weights.slices import SliceReader
-from r1mega.weights.tensor_file import whole
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
 from tests.distributed.publishing import Source, broadcast, checksums, local_weights, publisher

@@ -11,8 +11,8 @@ from r1mega.parallel.layout import Layout
 from r1mega.weights.inspection import check_whole
 from r1mega.weights.local import random_region
 from r1mega.weights.readers import open_reader
+from r1mega.weights.regions import whole
 from r1mega.weights.slices import SliceReader
-from r1mega.weights.tensor_file import whole
 from r1mega.weights.torch_dist_export import export
 from tests.distributed.launch import run_ranks
 from tests.distributed.tiny import MODEL, MODELS

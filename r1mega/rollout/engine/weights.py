@@ -17,8 +17,8 @@ from r1mega.config.schema import Model
 from r1mega.rollout.checksum import cpu_checksum
 from r1mega.weights.blocks import weight_name
 from r1mega.weights.names import hf_shapes
+from r1mega.weights.regions import whole
 from r1mega.weights.slices import SliceReader
-from r1mega.weights.tensor_file import whole
 
 _INIT_STD = 0.02
 

@@ -17,8 +17,8 @@ from r1mega.model.hf_config import hf_config
 from r1mega.parallel.layout import Layout
 from r1mega.weights.checkpoint import Progress, State
 from r1mega.weights.names import Spec, hf_shapes
+from r1mega.weights.regions import whole
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index
-from r1mega.weights.tensor_file import whole
 
 LLAMA = Model(architecture="llama", num_key_value_heads=2, rope_theta=5e5)
 TIED = Model(architecture="qwen2", tie_word_embeddings=True)

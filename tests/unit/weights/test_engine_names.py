@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1mega.config import schema
-from r1mega.weights.cuts import Region, extent
 from r1mega.weights.engine_names import (
     ENGINE_TABLE,
     EngineLayout,
@@ -16,7 +15,7 @@ from r1mega.weights.engine_names import (
     engine_tensors,
 )
 from r1mega.weights.names import TABLE, fp8_weights, hf_shapes
-from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import Region, extent, partition_fault
 from tests.unit.weights.layouts import MODELS, V3, engine_layouts
 
 LLAMA = MODELS["llama"]

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import own_scale_region, scale_region
-from r1mega.weights.cuts import Region, is_empty, volume
 from r1mega.weights.holders import Held, balanced_owners, holders, ranks_for
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes, parameter_slices
-from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import Region, is_empty, partition_fault, volume
 from tests.unit.weights.layouts import MODELS, V3, learners, spec_of
 
 

@@ -7,10 +7,9 @@ import pytest
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.cuts import volume
 from r1mega.weights.inventory import take_inventory
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes
-from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import partition_fault, volume
 from r1mega.weights.slices import StoredTensor
 
 MTP = schema.Model(num_nextn_predict_layers=1, hidden_size=160)

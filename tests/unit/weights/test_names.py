@@ -10,7 +10,8 @@ import pytest
 from r1mega.config import schema
 from r1mega.model.hf_config import model_from_hf
 from r1mega.parallel.layout import Layout
-from r1mega.weights.names import Region, Spec, count_parameters, hf_shapes, parameter_slices
+from r1mega.weights.names import Spec, count_parameters, hf_shapes, parameter_slices
+from r1mega.weights.regions import Region
 
 DATA = Path(os.environ.get("R1MEGA_DATA", Path(__file__).parents[4] / "shared" / "data"))
 TINY = schema.Model()

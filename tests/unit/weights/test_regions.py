@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1mega.weights.names import Region
-from r1mega.weights.regions import partition_fault
+from r1mega.weights.regions import Region, partition_fault
 
 
 @st.composite

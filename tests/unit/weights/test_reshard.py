@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from r1mega.config import schema
 from r1mega.config.load import load
 from r1mega.parallel.layout import Layout
-from r1mega.weights.cuts import Region, volume
 from r1mega.weights.engine_names import EngineLayout, engine_slices
 from r1mega.weights.names import fp8_weights, parameter_slices
 from r1mega.weights.proof import prove
+from r1mega.weights.regions import Region, volume
 from r1mega.weights.reshard import Flow, Plan, Transfer, plan
 from tests.unit.weights.layouts import MODELS, V3, engine_layouts, learners, spec_of
 

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1mega.weights import fp8
+from r1mega.weights.regions import intersect
 from r1mega.weights.slices import (
     FORMAT,
     Piece,
     SliceReader,
     StoredTensor,
     checkpoint_index,
-    intersect,
     read_checkpoint_index,
 )
 

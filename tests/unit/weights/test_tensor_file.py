@@ -11,17 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from r1mega.weights.names import Region
+from r1mega.weights.regions import Region, extent, whole
 from r1mega.weights.tensor_file import (
     DTYPES,
     TensorFile,
     TensorFileError,
     digest_file,
     digest_tensor,
-    extent,
     read_header,
     runs,
-    whole,
 )
 
 

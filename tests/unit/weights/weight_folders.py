@@ -15,15 +15,10 @@ from r1mega.weights.blocks import scale_name
 from r1mega.weights.checkpoint import Progress, State, shard
 from r1mega.weights.holders import balanced_owners, holders
 from r1mega.weights.manifest import FileRecord, commit
-from r1mega.weights.names import Region, Spec, fp8_weights, hf_shapes
+from r1mega.weights.names import Spec, fp8_weights, hf_shapes
+from r1mega.weights.regions import Region, whole
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index
-from r1mega.weights.tensor_file import (
-    DTYPE_NAMES,
-    TensorFile,
-    digest_file,
-    digest_tensor,
-    whole,
-)
+from r1mega.weights.tensor_file import DTYPE_NAMES, TensorFile, digest_file, digest_tensor
 
 _DENSE = {"vocab_size": 96, "num_hidden_layers": 2, "intermediate_size": 80}
 V3 = schema.Model(

@@ -186,7 +186,7 @@ class Saver:
             report = _write_files(writing, rank)
         finally:
             writing.written.set()
-        self._store.set(f"{writing.key}/{rank}", msgspec.msgpack.encode(report))
+        self._store.set(f"{writing.key}/{rank}", msgspec.json.encode(report).decode())
         if rank != 0:
             return
         outcome = self._complete(writing)
@@ -204,7 +204,7 @@ class Saver:
         """Why the checkpoint could not be committed, or nothing."""
         keys = [f"{writing.key}/{rank}" for rank in range(self._groups.layout.world)]
         reports = [
-            msgspec.msgpack.decode(report, type=Report) for report in await_keys(self._store, keys)
+            msgspec.json.decode(report, type=Report) for report in await_keys(self._store, keys)
         ]
         for key in keys:
             self._store.delete_key(key)
@@ -292,7 +292,8 @@ def _start(work: Callable[[], None], done: "Future[None]") -> None:
 
     def run() -> None:
         try:
-            done.set_result(work())
+            work()
+            done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 

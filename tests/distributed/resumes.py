@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -71,9 +72,11 @@ def _hop(run: Run, hop: Hop, folder: Path, *, last: bool) -> list[dict[str, floa
     progress, _ = worker.load()
     sequences = tiny.random_batch(**BATCH).sequences
     metrics = []
+    generator = torch.get_rng_state()
     with worker.until_saved():
         for _ in range(hop.steps):
             metrics.append(sft.step(list(sequences), learner=worker.learner, lr=LR))
+        assert torch.equal(torch.get_rng_state(), generator), "an update drew random numbers"
         worker.save(replace(progress, step=progress.step + 1), None)
     if last:
         weights = {n: t.clone() for n, t in worker.learner.hf_tensors() if t is not None}

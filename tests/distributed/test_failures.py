@@ -196,6 +196,27 @@ def test_interrupted_run_continues(straight: Path, tmp_path: Path, runs: list[Ru
     assert outcome(again.folder) == outcome(straight)
 
 
+def test_run_goes_on_under_another_layout(straight: Path, tmp_path: Path, runs: list[Run]) -> None:
+    """It draws the same prompts, and the first rollout, of equal weights, is the same."""
+    folder = copy_without_last(straight, tmp_path)
+    axes = ("cluster.learner_processes_per_node=2", "parallel.tp=2")
+    runs.append(run := Run(tmp_path, *axes))
+    assert run.end() == 0, run.said()
+    assert "the layout changed (world was 1, is 2, tp was 1, is 2)" in run.said()
+    mine, expected = (
+        [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+        for path in (folder, straight)
+    )
+    assert [row["prompt"] for row in mine] == [row["prompt"] for row in expected]
+    first, other = (
+        [row["response"] for row in samples if row["step"] == 10] for samples in (mine, expected)
+    )
+    assert first == other
+    step, reference = (rows(path)[-3] for path in (folder, straight))
+    for key in ("loss", "learner/grad_norm", "reward/mean"):
+        assert step[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-6), key
+
+
 def test_kill_while_saving_leaves_whole_checkpoints(
     straight: Path, tmp_path: Path, runs: list[Run]
 ) -> None:

@@ -27,6 +27,8 @@ from r1mega.system.processes import Process
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sglang/bin/python"
 PLUGIN = ROOT / "tests/sglang/plugin"
+# SGLang gives each rank of a server cores of its own, and there are ranks without any.
+ENVIRONMENT = {"PYTHONPATH": str(PLUGIN), "SGLANG_CPU_OMP_THREADS_BIND": "0|0"}
 START_TIMEOUT_S = 240.0
 
 
@@ -62,7 +64,7 @@ def running_server(folder: Path, model: Model, *arguments: str) -> Iterator[Serv
         engine="sglang",
         sglang_python=str(PYTHON),
         sglang_args=list(arguments),
-        sglang_env={"PYTHONPATH": str(PLUGIN)},
+        sglang_env=ENVIRONMENT,
         context_tokens=model.max_position_embeddings,
         max_running_requests=16,
     )

@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
+from r1mega.config import load
 from r1mega.rollout.control import API_KEY
 from tests.distributed.test_failures import Run, rows
 from tests.distributed.test_job import descendants, wait_for
-from tests.sglang.servers import PLUGIN, PYTHON
+from tests.sglang.servers import ENVIRONMENT, PYTHON
 
 JOB = [
     "rollout.engine=sglang",
     f"rollout.sglang_python={PYTHON}",
-    f"rollout.sglang_env={{PYTHONPATH: {PLUGIN}}}",
+    f"rollout.sglang_env={json.dumps(ENVIRONMENT)}",
     "cluster.learner_processes_per_node=2",
     "stage.eval_every=0",
     "stage.save_every=-1",
@@ -59,11 +60,19 @@ def assert_equal_logprobs(run: Run, steps: int) -> list[dict[str, Any]]:
 # --- How weights get there, and which networks --------------------------------------------------
 
 QWEN2 = ["configs/model/tiny_qwen2.yaml", "parallel.tp=2"]
+ONE_OF_TWO_RANKS = [
+    "rollout.engines=1",
+    'rollout.sglang_args=[--tp-size, "2"]',
+    "model.moe_intermediate_size=64",  # 32 for each rank: SGLang widens less on CPUs
+    "rollout.verify=all",
+]
 WAYS = {
     "broadcast, tensor parallel": ["parallel.tp=2"],
     "broadcast, qwen2 with a tied head": QWEN2,
     "disk, pipeline parallel": ["parallel.pp=2", "rollout.sync=disk", "rollout.verify=all"],
     "p2p, expert parallel": ["parallel.ep=2", "rollout.sync=p2p", "rollout.verify=all"],
+    "broadcast, to two ranks": ["parallel.tp=2", *ONE_OF_TWO_RANKS],
+    "p2p, to two ranks": ["parallel.pp=2", "rollout.sync=p2p", *ONE_OF_TWO_RANKS],
 }
 
 
@@ -74,7 +83,7 @@ def test_engines_compute_what_the_learner_computes(run: Run) -> None:
     assert run.end() == 0, run.said()
     found = assert_equal_logprobs(run, steps=3)
     for row in found:
-        assert row["sync/engines"] == 2
+        assert row["sync/engines"] == load([str(run.folder / "config.yaml")]).rollout.engines
         assert row["sync/verified"] > 0  # checksums that were predicted and found, over both
 
 

@@ -1,6 +1,7 @@
 """What the tools share: folders and key=value arguments, progress on a terminal, exit status."""
 
 import gc
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -29,6 +30,8 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
         return 0 if arguments else 1
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # files of all ranks are open at once
     gc.freeze()  # looking for garbage in what imports made costs more than planning a conversion
     try:
         main(arguments)

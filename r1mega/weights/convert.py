@@ -6,9 +6,8 @@ the tensors under way, and what comes out has been read back. Until all of it ha
 ``.NAME.partial``; one rename makes it ``NAME``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 
 from r1mega import __version__
@@ -16,7 +15,7 @@ from r1mega.config import network_checks, schema
 from r1mega.config.derived import even_stages
 from r1mega.parallel.layout import Layout
 from r1mega.system.files import sync_folder, write_atomically
-from r1mega.weights.checkpoint import COMPANIONS, STATE, Progress, State, shard
+from r1mega.weights.checkpoint import COMPANIONS, STATE, Progress, State
 from r1mega.weights.copying import JOURNAL, copy
 from r1mega.weights.hf_folder import (
     CONFIG,
@@ -24,22 +23,21 @@ from r1mega.weights.hf_folder import (
     read_companions,
     shard_index,
 )
-from r1mega.weights.holders import Held, balanced_owners, ranks_for
+from r1mega.weights.holders import ranks_for
 from r1mega.weights.inventory import Inventory, take_inventory
 from r1mega.weights.manifest import commit, partial_folder, read_manifest, record_bytes, verify_file
 from r1mega.weights.names import Spec, fp8_weights
+from r1mega.weights.placing import cut_by_size, cut_for_ranks, shapes_of
 from r1mega.weights.progress import Listener
-from r1mega.weights.readers import Reader, check_folder, read_network
+from r1mega.weights.readers import Reader, read_network
 from r1mega.weights.slices import (
     CHECKPOINT_INDEX,
     HF_INDEX,
-    Piece,
     SliceReader,
     StoredTensor,
     checkpoint_index,
 )
-from r1mega.weights.streams import Precision, Recipe, recipes
-from r1mega.weights.tensor_file import DTYPES, extent, whole
+from r1mega.weights.streams import Precision, recipes
 
 GIGABYTE = 1_000_000_000
 
@@ -113,7 +111,7 @@ def write_checkpoint(
     """``source``, which holds ``model``, as a checkpoint with ``companions`` in its folder hf."""
     inventory = take_inventory(model, source.tensors, str(source.folder))
     made = recipes(_in_order(source, inventory), "keep", weights=(), fp8_weights=())
-    targets = _cut_for_ranks(_shapes(made), inventory.holders(model, layout))
+    targets = cut_for_ranks(shapes_of(made), inventory.holders(model, layout))
     with _made(out) as partial:
         copied = copy(source, made, targets, partial, listener)
         state = State(
@@ -152,13 +150,12 @@ def write_hf(
         weights=inventory.shapes.keys(),
         fp8_weights=fp8_weights(model, Spec(mtp=inventory.mtp)),
     )
-    targets = _cut_by_size(_shapes(made), shard_bytes)
+    targets = cut_by_size(shapes_of(made), shard_bytes)
     with _made(out) as partial:
         copied = copy(source, made, targets, partial, listener)
-        total = sum(_num_bytes(stored.dtype, stored.shape) for stored in copied.tensors.values())
         texts = dict(companions)
         texts[CONFIG] = matching_config(companions[CONFIG], copied.tensors)
-        texts[HF_INDEX] = shard_index(copied.tensors, total)
+        texts[HF_INDEX] = shard_index(copied.tensors)
         _write_texts(partial, texts)
         (partial / JOURNAL).unlink()
         sync_folder(partial)
@@ -168,7 +165,6 @@ def write_hf(
 
 def _surroundings(folder: Path) -> tuple[schema.Model, dict[str, bytes]]:
     """The network in ``folder`` and its files that are no weights."""
-    check_folder(folder)
     model = read_network(folder)
     if not (folder / CHECKPOINT_INDEX).exists():
         return model, read_companions(folder)
@@ -181,51 +177,6 @@ def _surroundings(folder: Path) -> tuple[schema.Model, dict[str, bytes]]:
 def _in_order(source: Reader, inventory: Inventory) -> dict[str, StoredTensor]:
     """Everything in ``source``: forward order, then what the network does not need."""
     return {name: source.tensors[name] for name in inventory.shapes} | dict(source.tensors)
-
-
-_Shapes = dict[str, tuple[str, tuple[int, ...]]]  # dtype (safetensors' name) and shape by name
-
-
-def _shapes(made: Sequence[Recipe]) -> _Shapes:
-    return {name: shape for recipe in made for name, shape in recipe.makes.items()}
-
-
-def _cut_for_ranks(shapes: _Shapes, held: Mapping[str, Held]) -> dict[str, StoredTensor]:
-    """Every part with one of its holders, what nobody holds with the first rank."""
-    owners = balanced_owners(held, lambda name, region: _num_bytes(shapes[name][0], extent(region)))
-    targets = {}
-    for name, (dtype, shape) in shapes.items():
-        parts = [(whole(shape), 0)]
-        if name in held:
-            regions = (region for region, _ in held[name].parts)
-            parts = list(zip(regions, owners[name], strict=True))
-        pieces = tuple(Piece(shard("weights", rank), name, region) for region, rank in parts)
-        targets[name] = StoredTensor(shape, pieces, dtype)
-    return targets
-
-
-def _cut_by_size(shapes: _Shapes, shard_bytes: int) -> dict[str, StoredTensor]:
-    """Whole tensors, in files that are filled one after the other."""
-    numbers: dict[str, int] = {}
-    number, filled = 1, 0
-    for name, (dtype, shape) in shapes.items():
-        size = _num_bytes(dtype, shape)
-        if filled and filled + size > shard_bytes:
-            number, filled = number + 1, 0
-        numbers[name] = number
-        filled += size
-    return {
-        name: StoredTensor(
-            shape,
-            (Piece(f"model-{numbers[name]:05d}-of-{number:05d}.safetensors", name, whole(shape)),),
-            dtype,
-        )
-        for name, (dtype, shape) in shapes.items()
-    }
-
-
-def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return prod(shape) * DTYPES[dtype].itemsize
 
 
 def _write_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
@@ -244,6 +195,5 @@ def _made(out: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         raise ValueError(
-            f"{out} was not finished: {error.strerror or error}; the same command goes on from "
-            f"{partial}"
+            f"{out} was not finished: {error}; the same command goes on from {partial}"
         ) from error

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,9 +22,17 @@ from r1mega.weights.journal import Journal
 from r1mega.weights.manifest import FileRecord
 from r1mega.weights.progress import Listener, Meter
 from r1mega.weights.readers import Reader
+from r1mega.weights.regions import extent
 from r1mega.weights.slices import StoredTensor
 from r1mega.weights.streams import PieceDigests, Recipe, row_bands
-from r1mega.weights.tensor_file import DTYPES, TensorFile, TensorFileError, bytes_of, extent, plan
+from r1mega.weights.tensor_file import (
+    DTYPES,
+    TensorFile,
+    TensorFileError,
+    bytes_of,
+    num_bytes,
+    plan,
+)
 
 JOURNAL = "journal"
 _THREADS = 4  # more than cores: some of them wait for the disk
@@ -134,11 +141,8 @@ def _are_there(folder: Path, tables: Mapping[str, _Table]) -> bool:
 
 
 def _check_space(folder: Path, tables: Mapping[str, _Table]) -> None:
-    needed = sum(
-        prod(shape) * DTYPES[dtype].itemsize
-        for table in tables.values()
-        for dtype, shape in table.values()
-    ) - sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    needed = sum(num_bytes(*described) for table in tables.values() for described in table.values())
+    needed -= sum(path.stat().st_blocks * 512 for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
@@ -153,8 +157,9 @@ def _fingerprint(source: Reader, targets: Mapping[str, StoredTensor]) -> str:
     for item in chain(source.tensors.items(), targets.items()):
         state.update(repr(item).encode())
     for path in sorted(source.folder.iterdir()):
-        status = path.stat()
-        state.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+        if path.is_file():
+            status = path.stat()
+            state.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
     return state.hexdigest()
 
 
@@ -213,7 +218,7 @@ def _audit_file(path: Path, table: _Table, digests: Mapping[str, str], meter: Me
 
 
 def _total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
-    return sum(prod(t.shape) * DTYPES[t.dtype].itemsize for t in tensors.values())
+    return sum(num_bytes(stored.dtype, stored.shape) for stored in tensors.values())
 
 
 def _in_threads(work: Callable[[_Task], None], tasks: Iterable[_Task]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from r1mega.model.hf_config import FP8_QUANTIZATION
 from r1mega.weights import fp8
 from r1mega.weights.slices import HF_INDEX, StoredTensor
+from r1mega.weights.tensor_file import num_bytes
 
 CONFIG = "config.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -37,8 +38,9 @@ def matching_config(content: bytes, tensors: Mapping[str, StoredTensor]) -> byte
     return content if changed == values else (json.dumps(changed, indent=2) + "\n").encode()
 
 
-def shard_index(tensors: Mapping[str, StoredTensor], total_size: int) -> bytes:
+def shard_index(tensors: Mapping[str, StoredTensor]) -> bytes:
     """The content of model.safetensors.index.json."""
     weight_map = {name: stored.pieces[0].file for name, stored in tensors.items()}
+    total_size = sum(num_bytes(stored.dtype, stored.shape) for stored in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     return (json.dumps(index, indent=2) + "\n").encode()

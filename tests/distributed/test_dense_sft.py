@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from r1mega.config import Config, load
 from r1mega.data.documents import load_documents
 from r1mega.data.prompts import order
 from r1mega.data.tokenizer import load_tokenizer
-from r1mega.model.hf_config import hf_config
-from r1mega.weights.names import hf_shapes
-from r1mega.weights.slices import SliceReader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = [
@@ -46,18 +42,6 @@ def sft(*layers: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def hugging_face_folder(checkpoint: Path, config: Config, folder: Path) -> Path:
-    with SliceReader(checkpoint) as reader:
-        tensors = {
-            name: reader.read(name, shape, tuple((0, size) for size in shape))
-            for name, shape in hf_shapes(config.model).items()
-        }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config(config.model)))
-    return folder
-
-
 def transformers_loss(folder: Path, config: Config, step: int) -> float:
     """The mean over the target tokens of the documents of ``step`` (0-based)."""
     from transformers import AutoModelForCausalLM
@@ -79,5 +63,11 @@ def test_sft_from_the_command_line_and_back_into_transformers(tmp_path: Path) ->
     rows = sft(*layers)
     config = load([*layers, "stage.kind=sft"])
     checkpoint = tmp_path / config.name / "checkpoints/step_000002"
-    folder = hugging_face_folder(checkpoint, config, tmp_path / "hf")
+    folder = tmp_path / "hf"
+    subprocess.run(
+        [sys.executable, "tools/megatron_to_hf.py", checkpoint, folder],
+        cwd=REPOSITORY,
+        check=True,
+        timeout=120,
+    )
     assert rows[2]["loss"] == pytest.approx(transformers_loss(folder, config, 2), rel=1e-5)

@@ -12,13 +12,11 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.holders import Held, holders
-from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
+from r1mega.weights.names import ParameterSlice, Spec, is_float32, parameter_slices
 from r1mega.weights.regions import Region
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
-# Hugging Face name -> its shape, and the lowest rank that holds each of its distinct regions.
-Owners = dict[str, tuple[tuple[int, ...], dict[Region, int]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +31,6 @@ class LocalWeights:
     tensors: tuple[dict[str, Tensor], ...]  # per virtual chunk, by Megatron name
     settle: Callable[[], None] = lambda: None  # ends what an update left under way; collective
     holders: dict[str, Held]  # of every tensor, in forward order
-
-    @property
-    def owners(self) -> Owners:
-        return {
-            name: (held.shape, {region: ranks[0] for region, ranks in held.parts})
-            for name, held in self.holders.items()
-        }
 
     def blocks(self, piece: ParameterSlice) -> Tensor:
         """The live view [blocks, rows of each, ...] of one slice: writing to it writes the
@@ -157,6 +148,6 @@ def _named_tensors(chunk: torch.nn.Module) -> dict[str, Tensor]:
 
 def wire_dtype(name: str, weights: LocalWeights) -> torch.dtype:
     """The expert bias is fp32 whatever the precision; all else has the model's dtype."""
-    if name.endswith("e_score_correction_bias"):
+    if is_float32(name):
         return torch.float32
     return next(iter(weights.tensors[0].values())).dtype

@@ -22,6 +22,8 @@ from r1mega.weights.regions import Region, intersect, volume
 from r1mega.weights.sharing import Demand, Stretch, share
 
 _WIDTHS: dict[str | None, int] = {CODES: 1, FLOAT32: 4}  # bytes of an element
+_SHARE_PIECES = 50  # so many pieces of a rank's share balance it to a few percent
+_SMALLEST_PIECE = 1 << 20  # bytes; below it there is nothing to gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,11 @@ def plan(
     """
     held = holders(model, learner, spec)
     tensors = {layout: engine_tensors(model, layout) for layout in dict.fromkeys(engines)}
+    minimum_bytes = sum(
+        count * _bytes_of_all_ranks(tensors[layout], itemsize)
+        for layout, count in Counter(engines).items()
+    )
+    largest = max(_SMALLEST_PIECE, minimum_bytes // (learner.world * _SHARE_PIECES))
     flows: list[Flow] = []
     for quantized in (False, True):
         receivers = [
@@ -149,7 +156,7 @@ def plan(
             for layout, of in tensors.items()
             if layout.quantized is quantized
         ]
-        flows += _flows(held, receivers, itemsize)
+        flows += _flows(held, receivers, itemsize, largest)
     bounds, sent_bytes = share([_demand(flow) for flow in flows], learner.world)
     shared = [replace(flow, bounds=each) for flow, each in zip(flows, bounds, strict=True)]
     return Plan(
@@ -161,10 +168,7 @@ def plan(
         tensors=tensors,
         flows=tuple(part for flow in shared for part in _with_scales(flow)),
         sent_bytes=tuple(sent_bytes),
-        minimum_bytes=sum(
-            count * _bytes_of_all_ranks(tensors[layout], itemsize)
-            for layout, count in Counter(engines).items()
-        ),
+        minimum_bytes=minimum_bytes,
     )
 
 
@@ -177,9 +181,10 @@ class _Receiver:
 
 
 def _flows(
-    held: Mapping[str, Held], receivers: Sequence[_Receiver], itemsize: int
+    held: Mapping[str, Held], receivers: Sequence[_Receiver], itemsize: int, largest: int
 ) -> Iterator[Flow]:
-    """What receivers of one precision get; nobody sends it yet."""
+    """What receivers of one precision get; nobody sends it yet. Where ranks share the sending,
+    pieces have at most ``largest`` bytes."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for name in receivers[0].tensors if receivers else ():
         if name in held:  # but scales, which go with their weights
@@ -190,7 +195,10 @@ def _flows(
         for region, sources in held[names[0]].parts:
             if dtype == CODES:
                 _check_blocks(names[0], shape, region)
-            routes = _routes(names[0], region, receivers, _WIDTHS.get(dtype, itemsize))
+            width = _WIDTHS.get(dtype, itemsize)
+            routes = _routes(names[0], region, receivers, width)
+            if len(sources) > 1:
+                routes = (piece for route in routes for piece in _pieces(route, largest))
             yield Flow(names, dtype, sources, tuple(routes))
 
 
@@ -203,6 +211,17 @@ def _routes(
             if (shared := intersect(region, within)) is not None:
                 targets = tuple((engine, rank) for engine in receiver.engines for rank in ranks)
                 yield Route(shared, within, targets, volume(shared) * width)
+
+
+def _pieces(route: Route, largest: int) -> Iterator[Route]:
+    """Cut along the rows, at blocks of FP8 scales."""
+    (start, stop), *columns = route.region
+    row_bytes = route.num_bytes // (stop - start)
+    step = max(1, largest // (row_bytes * BLOCK)) * BLOCK
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        region = (first, last), *columns
+        yield replace(route, region=region, num_bytes=(last - first) * row_bytes)
 
 
 def _demand(flow: Flow) -> Demand:

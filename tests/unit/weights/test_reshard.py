@@ -174,6 +174,16 @@ def test_replicas_share_the_sending() -> None:
     assert max(made.sent_bytes) / (made.bytes / 4) < 1.02
 
 
+def test_a_large_tensor_is_shared_too() -> None:
+    """An embedding that is half of the network, on eight replicas, for one rank of an engine."""
+    model = schema.Model(
+        architecture="qwen2", vocab_size=151_936, hidden_size=896, tie_word_embeddings=True
+    )
+    made = plan(model, Layout(world=8), [EngineLayout(fused=False)])
+    prove(made)
+    assert max(made.sent_bytes) / (made.bytes / 8) < 1.05
+
+
 @pytest.mark.parametrize("tp", [1, 8])
 def test_671b_moves_no_byte_too_many(tp: int) -> None:
     """256 ranks to a bf16 engine of 32 and an FP8 one of 16. A rank of the 32 holds 40.92 GiB."""

@@ -5,7 +5,6 @@ filesystem has to take writes of several nodes to one file (Lustre, GPFS, a loca
 promise it). A folder has its name only when it is whole, and goes when all engines hold the next.
 """
 
-import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,11 +21,10 @@ from r1mega.weights.blocks import BLOCK, own_scale_region, scale_name, scale_sha
 from r1mega.weights.hf_folder import shard_index
 from r1mega.weights.holders import balanced_owners
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.regions import Region, extent, whole
-from r1mega.weights.slices import HF_INDEX, Piece, StoredTensor
-from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, TensorFile
-
-log = logging.getLogger(__name__)
+from r1mega.weights.placing import Shapes, cut_by_size
+from r1mega.weights.regions import Region, extent
+from r1mega.weights.slices import HF_INDEX, StoredTensor
+from r1mega.weights.tensor_file import DTYPE_NAMES, TensorFile, num_bytes
 
 _SHARD_BYTES = 4 << 30
 
@@ -54,7 +52,7 @@ class Disk:
         self._quantized = quantized
         self._ranks_per_engine = ranks_per_engine
         self._timeout_s = timeout_s
-        self._tensors = _in_shards(_stored(weights, names, quantized))
+        self._tensors = cut_by_size(_shapes(weights, names, quantized), _SHARD_BYTES)
         self._mine = list(_own_regions(weights, names))
 
     def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
@@ -70,7 +68,8 @@ class Disk:
         for other in self._folder.iterdir():
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
-        return Carried(bytes=_size(self._tensors) * self._ranks_per_engine * len(engines))
+        size = sum(num_bytes(stored.dtype, stored.shape) for stored in self._tensors.values())
+        return Carried(bytes=size * self._ranks_per_engine * len(engines))
 
     def abandon(self) -> None:
         """Nothing is open between two versions."""
@@ -94,7 +93,7 @@ class Disk:
             entries = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
             with TensorFile.create(partial / file, entries):
                 pass
-        (partial / HF_INDEX).write_bytes(shard_index(self._tensors, _size(self._tensors)))
+        (partial / HF_INDEX).write_bytes(shard_index(self._tensors))
 
     def _fill(self, partial: Path) -> None:
         with ExitStack() as stack:
@@ -148,34 +147,17 @@ def _own_regions(weights: LocalWeights, names: Sequence[str]) -> Iterator[tuple[
                 yield name, region
 
 
-def _stored(
-    weights: LocalWeights, names: Sequence[str], quantized: Collection[str]
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, safetensors dtype and shape of every tensor of the folder."""
+def _shapes(weights: LocalWeights, names: Sequence[str], quantized: Collection[str]) -> Shapes:
+    """Of every tensor of the folder."""
+    shapes: Shapes = {}
     for name in names:
         shape = weights.holders[name].shape
         if name in quantized:
-            yield name, fp8.CODES, shape
-            yield scale_name(name), fp8.SCALES, scale_shape(shape)
+            shapes[name] = fp8.CODES, shape
+            shapes[scale_name(name)] = fp8.SCALES, scale_shape(shape)
         else:
-            yield name, DTYPE_NAMES[wire_dtype(name, weights)], shape
-
-
-def _in_shards(tensors: Iterator[tuple[str, str, tuple[int, ...]]]) -> dict[str, StoredTensor]:
-    """Which file each lies in: in order, files of about ``_SHARD_BYTES``."""
-    numbered, size = [], 0
-    for name, dtype, shape in tensors:
-        numbered.append((size // _SHARD_BYTES, name, dtype, shape))
-        size += prod(shape) * DTYPES[dtype].itemsize
-    count = numbered[-1][0] + 1
-    return {
-        name: StoredTensor(
-            shape,
-            (Piece(f"model-{number + 1:05d}-of-{count:05d}.safetensors", name, whole(shape)),),
-            dtype,
-        )
-        for number, name, dtype, shape in numbered
-    }
+            shapes[name] = DTYPE_NAMES[wire_dtype(name, weights)], shape
+    return shapes
 
 
 def _by_file(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -183,7 +165,3 @@ def _by_file(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredT
     for name, stored in tensors.items():
         files.setdefault(stored.pieces[0].file, {})[name] = stored
     return files
-
-
-def _size(tensors: Mapping[str, StoredTensor]) -> int:
-    return sum(prod(s.shape) * DTYPES[s.dtype].itemsize for s in tensors.values())

@@ -21,12 +21,13 @@ from tokenizers import Tokenizer
 from r1mega.config import network
 from r1mega.model.hf_config import model_from_hf
 from r1mega.rollout import control
+from r1mega.rollout.engine.application import application
 from r1mega.rollout.engine.cache import Cache
 from r1mega.rollout.engine.engine import Engine
 from r1mega.rollout.engine.messages import Limits
 from r1mega.rollout.engine.network import Network
 from r1mega.rollout.engine.scheduler import Scheduler
-from r1mega.rollout.engine.server import Identity, Routes, application
+from r1mega.rollout.engine.server import Identity, Routes
 from r1mega.rollout.engine.updates import WeightUpdater
 from r1mega.rollout.engine.weights import allocate, fill_random, load_folder
 from r1mega.system import processes

@@ -7,7 +7,6 @@ the checksums of float32 values under Hugging Face's names.
 
 import asyncio
 import hashlib
-import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from tokenizers import Tokenizer
 
 from r1mega.rollout.engine import messages
@@ -27,14 +25,12 @@ from r1mega.rollout.engine.updates import Payload, WeightUpdater
 from r1mega.rollout.engine.weights import Weights, checksums, load_folder
 
 SGLANG_VERSION = "0.5.23"  # whose API this is
-_MAX_BODY_BYTES = 256 << 20
 _HEALTH_TIMEOUT_S = 20.0
 _PLACE = {"role": "target", "rank": 0, "size": 1} | {
     f"{axis}_{what}": value
     for axis in ("tp", "dp", "pp")
     for what, value in (("rank", 0), ("size", 1))
 }
-_OPEN_PATHS = ("/health", "/health_generate", "/ready")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -94,7 +90,7 @@ class Routes:
             )
             for completion, one in zip(completions, wanted, strict=True)
         ]
-        return _json(answers if is_list else answers[0])
+        return json_answer(answers if is_list else answers[0])
 
     def _text(self, completion: Completion, wanted: messages.Wanted) -> str:
         if self.tokenizer is None:
@@ -119,11 +115,11 @@ class Routes:
                 self.engine.abort(None)
 
         await self._on_engine(pause)
-        return _json({"message": "Generation paused successfully.", "status": "ok"})
+        return json_answer({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: web.Request) -> web.Response:
         await self._on_engine(self.engine.scheduler.resume)
-        return _json({"message": "Generation continued successfully.", "status": "ok"})
+        return json_answer({"message": "Generation continued successfully.", "status": "ok"})
 
     async def flush_cache(self, request: web.Request) -> web.Response:
         if await self._on_engine(self.engine.scheduler.flush_cache):
@@ -220,7 +216,7 @@ class Routes:
             "parallelism_info": [_PLACE],
         }
         per_engine = hashlib.sha256(overall.hexdigest().encode()).hexdigest()
-        return _json(
+        return json_answer(
             {
                 "success": True,
                 "message": "Success.",
@@ -241,7 +237,7 @@ class Routes:
                 raise ValueError(f"there is no parameter {body.name!r} in this model")
             return list(self.weights.named[body.name][: body.truncate_size].tolist())
 
-        return _json(await self._on_engine(read))
+        return json_answer(await self._on_engine(read))
 
     # State
 
@@ -264,7 +260,7 @@ class Routes:
 
     async def model_info(self, request: web.Request) -> web.Response:
         identity = self.identity
-        return _json(
+        return json_answer(
             {
                 "model_path": identity.model_path,
                 "served_model_name": identity.served_model_name,
@@ -281,7 +277,7 @@ class Routes:
     async def server_info(self, request: web.Request) -> web.Response:
         identity = self.identity
         max_total_tokens = identity.max_running_requests * self.limits.context_length
-        return _json(
+        return json_answer(
             {
                 "model_path": identity.model_path,
                 "served_model_name": identity.served_model_name,
@@ -302,7 +298,7 @@ class Routes:
         )
 
     async def loads(self, request: web.Request) -> web.Response:
-        return _json({"version": SGLANG_VERSION, "loads": [{"dp_rank": 0, **self._load()}]})
+        return json_answer({"version": SGLANG_VERSION, "loads": [{"dp_rank": 0, **self._load()}]})
 
     def _load(self) -> dict[str, Any]:
         scheduler = self.engine.scheduler
@@ -326,8 +322,8 @@ async def _outcome(update: Any) -> web.Response:
     try:
         await update
     except ValueError as error:
-        return _json({"success": False, "message": str(error)}, status=400)
-    return _json({"success": True, "message": "Success."})
+        return json_answer({"success": False, "message": str(error)}, status=400)
+    return json_answer({"success": True, "message": "Success."})
 
 
 async def _body(request: web.Request, kind: type[Body]) -> Body:
@@ -345,66 +341,7 @@ def _query(request: web.Request, kind: type[Body]) -> Body:
         raise ValueError(f"bad query: {error}") from error
 
 
-def _json(value: Any, status: int = 200) -> web.Response:
+def json_answer(value: Any, status: int = 200) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(value), status=status, content_type="application/json"
     )
-
-
-@web.middleware
-async def _explain_mistakes(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except ValueError as error:
-        return _json({"error": {"message": str(error)}}, status=400)
-
-
-def _require_key(api_key: str) -> Any:
-    expected = f"Bearer {api_key}".encode()
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode()
-        if request.path not in _OPEN_PATHS and not hmac.compare_digest(given, expected):
-            return _json({"error": {"message": "wrong or missing API key"}}, status=401)
-        return await handler(request)
-
-    return check
-
-
-def application(routes: Routes, api_key: str | None) -> web.Application:
-    middlewares = [_explain_mistakes]
-    if api_key is not None:
-        middlewares.insert(0, _require_key(api_key))
-    app = web.Application(middlewares=middlewares, client_max_size=_MAX_BODY_BYTES)
-    app.add_routes(
-        [
-            web.post("/generate", routes.generate),
-            web.post("/abort_request", routes.abort_request),
-            web.post("/pause_generation", routes.pause_generation),
-            web.post("/continue_generation", routes.continue_generation),
-            web.route("GET", "/flush_cache", routes.flush_cache),
-            web.route("POST", "/flush_cache", routes.flush_cache),
-            web.post("/begin_weight_update", routes.begin_weight_update),
-            web.post("/end_weight_update", routes.end_weight_update),
-            web.post("/init_weights_update_group", routes.init_weights_update_group),
-            web.post("/destroy_weights_update_group", routes.destroy_weights_update_group),
-            web.post("/update_weights_from_distributed", routes.update_weights_from_distributed),
-            web.post("/update_weights_from_disk", routes.update_weights_from_disk),
-            web.post("/update_weights_from_peers", routes.update_weights_from_peers),
-            web.post("/update_weight_version", routes.update_weight_version),
-            web.route("GET", "/weights_checker", routes.weights_checker),
-            web.route("POST", "/weights_checker", routes.weights_checker),
-            web.route("GET", "/get_weights_by_name", routes.get_weights_by_name),
-            web.route("POST", "/get_weights_by_name", routes.get_weights_by_name),
-            web.get("/health", routes.health),
-            web.get("/health_generate", routes.health_generate),
-            web.get("/ready", routes.health),
-            web.get("/model_info", routes.model_info),
-            web.get("/get_model_info", routes.model_info),
-            web.get("/server_info", routes.server_info),
-            web.get("/get_server_info", routes.server_info),
-            web.get("/v1/loads", routes.loads),
-        ]
-    )
-    return app

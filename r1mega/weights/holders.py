@@ -42,7 +42,7 @@ def holders(
     rows, sizes = rows_by_scope(model, spec), tensor_sizes(model)
     copies = {row.hf: site for site in everywhere for row in rows["copy"] if site.scope == "copy"}
     same: dict[Held, Held] = {}
-    alike: dict[tuple[Scope, int, int | None], list[tuple[Row, Held]]] = {}
+    alike: dict[tuple[Scope, int, int | None], list[tuple[Row, Held, Held | None]]] = {}
     table: dict[str, Held] = {}
     for site in everywhere:
         key = site.scope, site.stage, site.ep
@@ -51,12 +51,13 @@ def holders(
             for row in rows[site.scope]:
                 places = [site, copies[row.hf]] if row.hf in copies else [site]
                 held = _held(row, places, sizes, layout)
-                alike[key].append((row, same.setdefault(held, held)))
-        for row, held in alike[key]:
+                held = same.setdefault(held, held)
+                alike[key].append((row, held, _scales(held) if row.fp8 else None))
+        for row, held, scales in alike[key]:
             name = site.hf + row.hf
-            table.setdefault(name, held)
-            if row.fp8 and name in quantized:
-                table[scale_name(name)] = _scales(held)
+            table.setdefault(name, held)  # the site of a copy comes after that of the first
+            if scales is not None and name in quantized:
+                table[scale_name(name)] = scales
     return table
 
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.cuts import Cut, Stacked, cut_dim, stack
-from r1mega.weights.regions import Region
+from r1mega.weights.regions import Region, whole
 
 # "copy": on a last stage that is not the first. "mtp": an MTP layer, beside its transformer layer.
 Scope = Literal["first", "layer", "dense", "moe", "expert", "last", "copy", "mtp"]
@@ -355,14 +355,14 @@ def _layer_sites(
 def cut_row(row: Row, sizes: dict[str, int], index: int, parts: int) -> Cut | None:
     """The ``index``-th of ``parts`` along the row's axis; None: nothing of the tensor."""
     shape = tuple(sizes[name] for name in row.shape.split())
-    whole = tuple((0, size) for size in shape)
+    everything = whole(shape)
     if row.cut is None:
-        return Cut(shape, whole, 1, whole)
+        return Cut(shape, everything, 1, everything)
     stacked = row.stacked or Stacked(0, (row.shape.split()[row.cut],))
     if (cut := cut_dim(stacked, sizes, index, parts)) is None:
         return None
     span, target, blocks = cut
-    before, after = whole[: row.cut], whole[row.cut + 1 :]
+    before, after = everything[: row.cut], everything[row.cut + 1 :]
     return Cut(shape, (*before, span, *after), blocks, (*before, target, *after))
 
 

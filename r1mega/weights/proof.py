@@ -2,7 +2,7 @@
 has it.
 
 What a rank holds is asked of the tables rank by rank, not taken from what the plan was made of, and
-coverage is shown by disjointness and volume, not by intersection. Takes a second or two at 671B.
+coverage is shown by disjointness and volume, not by intersection. Takes a few seconds at 671B.
 """
 
 from collections import Counter
@@ -34,7 +34,10 @@ def prove(plan: Plan) -> None:
             _prove_places(tensors, expected, where)
             for other in others:
                 if written[other, rank] != written[first, rank]:
-                    raise ValueError(f"rank {rank} of engines {first} and {other} differ")
+                    raise ValueError(
+                        f"rank {rank} of engines {first} and {other}, which are laid out alike, "
+                        "would not get the same"
+                    )
     planned = sum(len(f.names) * len(r.targets) * r.num_bytes for f in plan.flows for r in f.routes)
     if not planned == plan.bytes == plan.minimum_bytes:
         raise ValueError(
@@ -77,8 +80,7 @@ def _prove_sources(plan: Plan) -> None:
 
 
 def _has(shape: tuple[int, ...], held: Region, region: Region, flow: Flow) -> bool:
-    scales = weight_name(flow.names[0]) is not None
-    block = BLOCK if scales else 1
+    block = 1 if weight_name(flow.names[0]) is None else BLOCK
     return all(
         start <= first * block and min(last * block, size) <= stop
         for (start, stop), (first, last), size in zip(held, region, shape, strict=True)

@@ -103,3 +103,10 @@ def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int]) -> None:
 def test_layers_that_do_not_spread_are_refused() -> None:
     with pytest.raises(ValueError, match="61 layers remain for 4 stages"):
         stage_layers(61, 4)
+
+
+def test_the_ranks_at_some_coordinates_are_those_that_say_so() -> None:
+    layout = Layout(world=16, tp=2, pp=2, ep=2, etp=2)
+    for place in ({"pp": 1}, {"pp": 0, "tp": 1}, {"pp": 1, "ep": 1}, {"ep": 0, "etp": 1}):
+        found = [r for r in range(16) if place.items() <= layout.coordinates(r).items()]
+        assert layout.ranks_at(**place) == tuple(found)

@@ -74,7 +74,10 @@ $(PEERS): $(READY)
 	@touch $@
 
 $(SGLANG)/.ready: requirements/sglang_cpu.txt
+	@test ! -e $(SGLANG) -o -e $(SGLANG)/.cpu || { \
+	  echo "$(SGLANG) was not made here, it may be the one for GPUs: move it away first"; exit 1; }
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	@touch $(SGLANG)/.cpu
 	$(SGLANG)/bin/pip install --quiet $(TORCH)
 	$(SGLANG)/bin/pip install --quiet --no-deps --requirement $<
 	@touch $@

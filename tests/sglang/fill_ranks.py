@@ -21,6 +21,7 @@ import torch
 from sglang.srt import runtime_context
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.environ import envs
 from sglang.srt.layers.dp_attention import initialize_dp_attention_flags
 from sglang.srt.model_loader import loader
 from sglang.srt.model_loader.utils import set_default_torch_dtype
@@ -34,6 +35,7 @@ def main(path: str) -> None:
 def differences(
     folder: str,
     arguments: dict[str, Any],
+    shared_replicated: bool,
     rank: int,
     shapes: dict[str, list[int]],
     slices: list[dict[str, Any]],
@@ -49,6 +51,7 @@ def differences(
     context = runtime_context.create_context(server, role="scheduler", ranks=ranks)
     parallel = context.parallel
     with (
+        envs.SGLANG_SHARED_EXPERT_TP1.override(shared_replicated),  # as all-to-all backends do
         runtime_context.use_context(context),
         parallel.override(
             **{

@@ -46,7 +46,10 @@ CASES = {
     "v3 tp4": (V3, EngineLayout(tp=4)),
     "v3 tp4 ep2": (V3, EngineLayout(tp=4, ep=2)),
     "v3 tp4 ep4 dp2": (V3, EngineLayout(tp=4, ep=4, dp=2)),
-    "v3 all flags": (V3, EngineLayout(tp=4, ep=2, dp=4, dense_replicated=True, dp_head=True)),
+    "v3 all flags": (
+        V3,
+        EngineLayout(tp=4, ep=2, dp=4, dense_replicated=True, shared_replicated=True, dp_head=True),
+    ),
     "v3 without q-LoRA tp2": (FULL_Q, EngineLayout(tp=2, ep=2)),
     "llama tp4": (LLAMA, EngineLayout(tp=4)),
     "qwen2 tp4": (QWEN2, EngineLayout(tp=4)),
@@ -95,6 +98,7 @@ def case_of(folder: Path, model: schema.Model, layout: EngineLayout, rank: int) 
             "enable_dp_lm_head": layout.dp_head,
             "moe_dense_tp_size": 1 if layout.dense_replicated else None,
         },
+        "shared_replicated": layout.shared_replicated,
         "rank": rank,
         "shapes": hf_shapes(model),
         "slices": [

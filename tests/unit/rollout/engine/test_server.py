@@ -200,15 +200,19 @@ def test_weights_from_disk(saved: Callable, start_server: Callable, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_dummy_weights_tokenizer_and_api_key(
-    saved: Callable, start_server: Callable, tmp_path: Path
+    saved: Callable, start_server: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """The key comes from the environment, where our own calls take it, too."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+
+    from r1mega.rollout import control
 
     shutil.copy(saved("plain").folder / "config.json", tmp_path)
     words = {f"w{i} ": i for i in range(64)}
     Tokenizer(WordLevel(words, unk_token="w0 ")).save(str(tmp_path / "tokenizer.json"))
-    server = start_server(tmp_path, "--load-format", "dummy", "--api-key", "secret")
+    monkeypatch.setenv(control.API_KEY, "secret")
+    server = start_server(tmp_path, "--load-format", "dummy")
     body = {"input_ids": [3], "sampling_params": {"max_new_tokens": 200, "sampling_seed": 1}}
     assert server.call("/generate", body)[0] == 401
     assert server.call("/generate", body, Authorization="Bearer wrong")[0] == 401
@@ -218,6 +222,11 @@ def test_dummy_weights_tokenizer_and_api_key(
     assert answer["output_ids"][-1] == 1
     assert answer["text"].split() == [f"w{i}" for i in answer["output_ids"][:-1]]
     assert "output_token_logprobs" not in answer["meta_info"]
+    url = f"http://127.0.0.1:{server.port}/weights_checker"
+    assert control.post(url, {"action": "checksum"}, timeout_s=20)["success"]
+    monkeypatch.delenv(control.API_KEY)
+    with pytest.raises(control.CallFailed, match="401"):
+        control.post(url, {"action": "checksum"}, timeout_s=20)
 
 
 @pytest.mark.slow
@@ -234,7 +243,10 @@ def test_a_taken_port_is_one_sentence_and_exit_code_1(saved: Callable, start_ser
     assert "Traceback" not in done.stderr
 
 
-def test_bad_flags_get_one_sentence(saved: Callable, tmp_path: Path):
+def test_bad_flags_get_one_sentence(
+    saved: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("R1MEGA_API_KEY", raising=False)
     folder = str(saved("plain").folder)
     for flags, message in (
         (["--model-path", folder, "--host", "0.0.0.0"], "give an --api-key as well"),

@@ -58,9 +58,7 @@ def engine_argv(
     rollout = config.rollout
     common = [
         "--model-path",
-        str(
-            directory.engine_model.resolve()
-        ),  # the router reads the tokenizer there, from wherever it runs
+        str(directory.engine_model.resolve()),  # the router, too, reads the tokenizer there
         "--host",
         config.cluster.host,
         "--port",

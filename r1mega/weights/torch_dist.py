@@ -8,7 +8,7 @@ fuses norms) and with the version that wrote them; reading takes whichever are t
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +41,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a tensor of one process lies: ``key[index]``, beginning with its ``first_row``."""
+    """Where a tensor of one process lies: ``key[index]``; ``alone``: one slice of it by itself."""
 
     key: str
     index: tuple[int, ...] = ()
-    first_row: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class MegatronTensor:
         step = self.rows // piece.blocks
         for block in range(piece.blocks):
             hf_rows = (block * height, (block + 1) * height)
-            start = block * step + target[0][0] - home.first_row
+            start = block * step + (0 if home.alone else target[0][0])
             region = (*leading, (start, start + height), *target[1:])
             yield Part(piece.hf_name, (hf_rows, *piece.region[1:]), region)
 
@@ -88,13 +88,11 @@ class TorchDistReader:
         self._stored = TorchDistFolder(folder)
         self._prefix = self._find_prefix()
         self._parts: dict[str, tuple[str, tuple[Part, ...]]] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         mtp = any(key.startswith(self._prefix + "mtp.") for key in self._stored.tensors)
         for tensor in megatron_tensors(model, mtp=mtp):
             self._place(tensor, model)
         self._refuse_unknown()
-        self.tensors: Mapping[str, StoredTensor] = {
-            name: self._described(name) for name in self._parts
-        }
 
     def read(self, name: str, shape: tuple[int, ...], region: Region) -> Tensor:
         """``name[region]`` in the dtype it is stored in; ``shape`` is what the model expects."""
@@ -134,10 +132,11 @@ class TorchDistReader:
                     "is a checkpoint of another network"
                 )
             key = self._prefix + home.key
-            whole_tensor = home.key.endswith(".weight") or home.key.endswith("bias")
-            rows = tensor.shape if whole_tensor else piece.hf_shape
-            self._check(key, (*leading_sizes(home, model), *rows), padded=tensor.local in _PADDED)
+            shape = piece.hf_shape if home.alone else tensor.shape
+            self._check(key, (*leading_sizes(home, model), *shape), padded=tensor.local in _PADDED)
             self._parts[piece.hf_name] = key, tuple(tensor.parts(piece, home))
+            dtype = DTYPE_NAMES[stored[key].dtype]
+            self.tensors[piece.hf_name] = StoredTensor(piece.hf_shape, (), dtype)
 
     def _check(self, key: str, wanted: tuple[int, ...], *, padded: bool) -> None:
         shape = self._stored.tensors[key].shape
@@ -157,13 +156,6 @@ class TorchDistReader:
                     f"{self.folder} holds {key}, which the network does not have: it is a "
                     "checkpoint of another one"
                 )
-
-    def _described(self, name: str) -> StoredTensor:
-        key, parts = self._parts[name]
-        shape = tuple(
-            max(p.hf_region[axis][1] for p in parts) for axis in range(len(parts[0].hf_region))
-        )
-        return StoredTensor(shape, (), DTYPE_NAMES[self._stored.tensors[key].dtype])
 
 
 def megatron_tensors(model: schema.Model, *, mtp: bool) -> list[MegatronTensor]:
@@ -206,7 +198,7 @@ def _possible_homes(tensor: MegatronTensor, piece: ParameterSlice) -> Iterator[H
             if layer := _LAYER.fullmatch(home.key):
                 yield Home(f"decoder.layers.{layer[2]}", (int(layer[1]), *home.index))
             # With "singleton_local_shards", gate and up are tensors of their own.
-            yield Home(home.key + half, home.index, piece.target[0][0])
+            yield Home(home.key + half, home.index, alone=True)
 
 
 def leading_sizes(home: Home, model: schema.Model) -> tuple[int, ...]:

@@ -22,16 +22,18 @@ from r1mega.weights.tensor_file import DTYPES, TensorFile
 
 ELEMENTS = ("param", "exp_avg", "exp_avg_sq")  # one value per element of the parameter
 STEP = "step"
+_RANGE = "/range"
+_OPEN_FILES = 256  # of the thousands of a large run; systems allow 1,024
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """``file`` has the elements from ``begin`` on under ``key``; ours are ``start`` to ``stop``."""
+    """``rank`` saved the elements from ``begin`` on under ``key``; we use ``start`` to ``stop``."""
 
     start: int
     stop: int
     begin: int
-    file: TensorFile
+    rank: int
     key: str
 
 
@@ -41,8 +43,8 @@ class SavedOptimizer:
     def __init__(self, folder: Path, state: State, weights: LocalWeights) -> None:
         self._folder = folder
         self._rank = weights.rank
-        self._files: dict[int, TensorFile] = {}
-        self._stack = ExitStack()
+        self._files: dict[int, tuple[TensorFile, ExitStack]] = {}
+        self._ranges: dict[int, dict[str, tuple[int, int]]] = {}  # by rank, then by key
         self._tensors = tensors(weights.slices)
         names = {piece.hf_name for piece in weights.slices}
         self._places = places(state.model, state.layout, state.spec, names)
@@ -57,7 +59,8 @@ class SavedOptimizer:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        for _, stack in self._files.values():
+            stack.close()
 
     @property
     def empty(self) -> bool:
@@ -75,17 +78,18 @@ class SavedOptimizer:
             while done < run.length:
                 at = run.start + done
                 source = self._source(place, at)
+                file = self._file(source.rank)
                 length = min(run.length - done, source.stop - at)
                 target = run.target + done
                 for kind in ELEMENTS:
                     key = f"{source.key}/{kind}"
                     if kind not in found:
-                        dtype = DTYPES[source.file.entries[key].dtype]
+                        dtype = DTYPES[file.entries[key].dtype]
                         found[kind] = torch.empty(span[1] - span[0], dtype=dtype)
                     region = ((at - source.begin, at - source.begin + length),)
-                    found[kind][target : target + length] = source.file.read(key, region)
+                    found[kind][target : target + length] = file.read(key, region)
                 if STEP not in found:
-                    found[STEP] = source.file.read(f"{source.key}/{STEP}")
+                    found[STEP] = file.read(f"{source.key}/{STEP}")
                 done += length
         return found
 
@@ -106,25 +110,34 @@ class SavedOptimizer:
             return known
         spans = []
         for rank, (chunk, name) in place.holders:
-            file, key = self._file(rank), f"{chunk}/{name}"
-            if f"{key}/range" in file.entries:
-                start, stop = file.read(f"{key}/range").tolist()
-                spans.append((start, rank != self._rank, rank, stop, key))
+            key = f"{chunk}/{name}"
+            if (span := self._ranges_of(rank).get(key)) is not None:
+                spans.append((span[0], rank != self._rank, rank, span[1], key))
         cover: list[_Source] = []
         end = 0
         for start, _, rank, stop, key in sorted(spans):
             if stop > end:
-                cover.append(_Source(max(start, end), stop, start, self._file(rank), key))
+                cover.append(_Source(max(start, end), stop, start, rank, key))
                 end = stop
         self._covers[id(place)] = cover
         return cover
 
+    def _ranges_of(self, rank: int) -> dict[str, tuple[int, int]]:
+        if rank not in self._ranges:
+            file = self._file(rank)
+            keys = [key for key in file.entries if key.endswith(_RANGE)]
+            spans = {key.removesuffix(_RANGE): file.read(key).tolist() for key in keys}
+            self._ranges[rank] = {key: (start, stop) for key, (start, stop) in spans.items()}
+        return self._ranges[rank]
+
     def _file(self, rank: int) -> TensorFile:
         if rank not in self._files:
-            path = self._folder / shard("optimizer", rank)
+            if len(self._files) == _OPEN_FILES:  # the one that was opened first
+                self._files.pop(next(iter(self._files)))[1].close()
+            path, stack = self._folder / shard("optimizer", rank), ExitStack()
             try:
-                file = TensorFile.open(path)
+                file = stack.enter_context(TensorFile.open(path))
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            self._files[rank] = self._stack.enter_context(file)
-        return self._files[rank]
+            self._files[rank] = file, stack
+        return self._files[rank][0]

@@ -121,9 +121,9 @@ class Saver:
         """Return when nothing is on its way any more; raises CheckpointError if it failed."""
         if (writing := self._writing) is None:
             return
-        self._writing = None
         writing.done.result()
         (outcome,) = await_keys(self._store, [f"{writing.key}/outcome"])
+        self._writing = None
         # No rank goes on, and perhaps takes the store along, before all know.
         gather_records("", str, group=self._groups.world, device=self._device)
         if outcome:

@@ -18,6 +18,17 @@ def draw(seed: int, worlds: tuple[int, ...]) -> Case:
             return case
 
 
+def relaid(case: Case, rng: random.Random, worlds: tuple[int, ...]) -> Case:
+    """The same training under another layout."""
+    model = replace(tiny.MODELS[case.network], **case.model)
+    while True:
+        world = rng.choice(worlds)
+        axes = _axes(rng, world, model.num_hidden_layers, network.is_dense(model))
+        other = replace(case, world=world, axes=axes)
+        if _is_valid(other):
+            return other
+
+
 def _is_valid(case: Case) -> bool:
     config = schema.Config(
         parallel=schema.Parallel(**case.axes),

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -70,7 +71,8 @@ def _hop(run: Run, hop: Hop, folder: Path, *, last: bool) -> list[dict[str, floa
 
     worker = _open(run, hop, folder)
     progress, _ = worker.load()
-    sequences = tiny.random_batch(**BATCH).sequences
+    vocab_size = worker.learner.weights.model.vocab_size
+    sequences = tiny.random_batch(**BATCH, vocab_size=vocab_size).sequences
     metrics = []
     generator = torch.get_rng_state()
     with worker.until_saved():
@@ -79,10 +81,22 @@ def _hop(run: Run, hop: Hop, folder: Path, *, last: bool) -> list[dict[str, floa
         assert torch.equal(torch.get_rng_state(), generator), "an update drew random numbers"
         worker.save(replace(progress, step=progress.step + 1), None)
     if last:
+        _refuses_halves(worker)
         weights = {n: t.clone() for n, t in worker.learner.hf_tensors() if t is not None}
         if worker.groups.rank == 0:
             save_file(weights, folder / "weights.safetensors")
     return metrics
+
+
+def _refuses_halves(worker: Any) -> None:
+    """Masters that the precision-aware optimizer keeps in 16 bits beside those of the weights."""
+    from r1mega.learner.optimizer import load_optimizer_state
+
+    def read(parameter: Any, span: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {"param": torch.zeros(span[1] - span[0], dtype=torch.int16)}
+
+    with pytest.raises(ValueError, match="saved in two halves by the precision-aware optimizer"):
+        load_optimizer_state(worker.learner.optimizer, worker.learner.chunks, read)
 
 
 def _open(run: Run, hop: Hop, folder: Path) -> Any:

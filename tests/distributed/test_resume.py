@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed import tiny
-from tests.distributed.draws import draw
+from tests.distributed.draws import draw, relaid
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import RELATIVE, VOLATILE
 from tests.distributed.resumes import Hop, Run, run_all
@@ -62,29 +62,25 @@ KEPT = {
             [hop("tp2 pp2 ep2", 4, **BF16), hop("ep2 cp2", 4, **BF16, **GATHER), hop(**BF16)]
         )
     ),
+    "precision": Run(hops=again([hop("tp2", 2), hop("ep2", 2, **BF16), hop()])),
     "mtp": Run(
         model=MTP, mtp=True, hops=again([hop("pp2 vpp2", 2), hop("tp4 etp2", 4), hop(world=3)])
     ),
-    "llama": Run(
-        network="llama", hops=again([hop("tp4", 4), hop("pp2 first1", 2), hop("tp2", 4)])
-    ),
+    "llama": Run(network="llama", hops=again([hop("tp4", 4), hop("pp2 first1", 2), hop("tp2", 4)])),
 }
 
 
 def drawn(seed: int) -> Run:
-    """Layouts that the same network may have, drawn until there are four."""
-    first = draw(seed, worlds=(1, 2, 3, 4))
-    rng = random.Random(seed)
-    hops = [
-        Hop(world=first.world, axes=first.axes, learner={"precision": rng.choice(["bf16", "fp32"])})
-    ]
-    other = seed * 1000
-    while len(hops) < 4:
-        other += 1
-        found = draw(other, worlds=(1, 2, 3, 4))
-        if (found.network, found.model) == (first.network, first.model):
-            hops.append(Hop(world=found.world, axes=found.axes, learner=hops[0].learner))
-    return Run(network=first.network, model=first.model, hops=again(hops))
+    """A random network through four of its layouts."""
+    worlds, rng = (1, 2, 3, 4), random.Random(seed)
+    first = draw(seed, worlds)
+    cases = [first, *(relaid(first, rng, worlds) for _ in range(3))]
+    learner = {"precision": rng.choice(["bf16", "fp32"])}
+    return Run(
+        network=first.network,
+        model=first.model,
+        hops=again([Hop(world=c.world, axes=c.axes, learner=learner) for c in cases]),
+    )
 
 
 @pytest.fixture(scope="module")

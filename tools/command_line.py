@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -35,6 +36,9 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> int:
     gc.freeze()  # looking for garbage in what imports made costs more than planning a conversion
     try:
         main(arguments)
+    except BrokenPipeError:  # who reads the output has seen enough; nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

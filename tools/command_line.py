@@ -1,8 +1,8 @@
 """What the tools share: folders and key=value arguments, progress on a terminal, exit status."""
 
 import gc
-import resource
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields

@@ -1,6 +1,7 @@
 """Constraints on how weights reach the engines."""
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 
 from r1mega.config import network
 from r1mega.config.schema import Config, Model
@@ -10,8 +11,32 @@ _BLOCK = 128  # of DeepSeek-V3's FP8 weights, both ways
 
 def sync_violations(config: Config) -> Iterator[str]:
     """One sentence for each."""
+    if config.rollout.sync == "p2p":
+        yield from _p2p(config)
     if config.rollout.quantization == "fp8":
         yield from _fp8(config)
+
+
+def _p2p(config: Config) -> Iterator[str]:
+    rollout, host = config.rollout, config.cluster.host
+    if rollout.engine == "sglang" and _is_public(host):
+        yield (
+            f"rollout.sync=p2p opens a route of SGLang that reads pickles, and cluster.host={host} "
+            "is a public address: name one of a private network, or use rollout.sync=broadcast"
+        )
+    if rollout.engine == "embedded" and rollout.quantization == "fp8":
+        yield (
+            "rollout.sync=p2p writes slices into the embedded engine's float32 weights as they "
+            "are: use rollout.quantization=none, or rollout.sync=broadcast"
+        )
+
+
+def _is_public(host: str) -> bool:
+    """A name may be anything: it is taken for one of the own network."""
+    try:
+        return ip_address(host).is_global
+    except ValueError:
+        return False
 
 
 def _fp8(config: Config) -> Iterator[str]:

@@ -7,7 +7,7 @@ leaving the group tells all others. Memory: two messages that cannot be received
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -151,14 +151,17 @@ class _Incoming:
             posted = self._wire.receive(data, sender, message[0].tensor)
             arrival = _Arrival(posted, sender, message, data, place is not None)
             window.add(arrival, staged=place is None)
+        counts = {sender: sum(map(len, queue)) for sender, queue in queues.items()}
+        digests = self._from_each(counts, torch.int64, "the digests")
         window.finish()
-        self._compare_digests(queues)
+        self._compare_digests(queues, digests())
 
     def _headers(self) -> dict[int, list[Message]]:
         """What each sender is going to send; every piece that does not fit here is a fault."""
-        lengths = self._from_each(dict.fromkeys(self._senders, 1), torch.int64, "a header's length")
+        one = dict.fromkeys(self._senders, 1)
+        lengths = self._from_each(one, torch.int64, "a header's length")()
         sizes = {sender: int(length.item()) for sender, length in lengths.items()}
-        headers = self._from_each(sizes, torch.uint8, "a header")
+        headers = self._from_each(sizes, torch.uint8, "a header")()
         queues = {s: decode_header(bytes(header.tolist())) for s, header in headers.items()}
         for sender, queue in queues.items():
             for piece in chain.from_iterable(queue):
@@ -168,11 +171,17 @@ class _Incoming:
 
     def _from_each(
         self, counts: Mapping[int, int], dtype: torch.dtype, what: str
-    ) -> dict[int, Tensor]:
+    ) -> Callable[[], dict[int, Tensor]]:
+        """So many numbers from each sender; the call that waits for them."""
         data = {s: torch.empty(counts[s], dtype=dtype, device=self._wire.device) for s in counts}
-        for posted in [self._wire.receive(data[sender], sender, what) for sender in data]:
-            posted.wait()
-        return data
+        under_way = [self._wire.receive(data[sender], sender, what) for sender in data]
+
+        def wait() -> dict[int, Tensor]:
+            for posted in under_way:
+                posted.wait()
+            return data
+
+        return wait
 
     def _misfit(self, piece: Piece) -> str | None:
         tensor = self._tensors.get(piece.tensor)
@@ -212,9 +221,10 @@ class _Incoming:
                 place = self._place(piece)
                 place.copy_(values.view(getattr(torch, piece.dtype)).view(place.shape))
 
-    def _compare_digests(self, queues: Mapping[int, list[Message]]) -> None:
-        counts = {sender: len(found) for sender, found in self._digests.items()}
-        for sender, sent in self._from_each(counts, torch.int64, "the digests").items():
+    def _compare_digests(
+        self, queues: Mapping[int, list[Message]], digests: Mapping[int, Tensor]
+    ) -> None:
+        for sender, sent in digests.items():
             pieces = chain.from_iterable(queues[sender])
             for piece, mine, his in zip(pieces, self._digests[sender], sent.tolist(), strict=True):
                 if mine != his:

@@ -79,8 +79,9 @@ def send_all(
     turn = partial(turns.of, rank)
     receivers = sorted(queues, key=turn)
     headers = {r: encode_header([_message(parcel) for parcel in queues[r]]) for r in receivers}
-    _to_each(wire, {r: _numbers([len(headers[r])], wire) for r in receivers}, "a header's length")
-    _to_each(wire, {r: _as_tensor(headers[r], wire) for r in receivers}, "a header")
+    lengths = {r: _numbers([len(headers[r])], wire) for r in receivers}
+    small = _to_each(wire, lengths, "a header's length")
+    small += _to_each(wire, {r: _as_tensor(headers[r], wire) for r in receivers}, "a header")
     departing = in_turn(queues, turn)
     room = max((size(_message(parcel)) for _, parcel in departing), default=0)
     window = Window[tuple[Posted, Tensor]](  # with the data, to keep it alive
@@ -91,8 +92,10 @@ def send_all(
         data, is_staged = _assemble(parcel, read, window, wire.device)
         window.add((wire.send(data, receiver, parcel[0].piece.tensor), data), staged=is_staged)
         digests[receiver] += [digest(data[a:b]) for a, b in spans(_message(parcel))]
+    small += _to_each(wire, {r: _numbers(digests[r], wire) for r in receivers}, "the digests")
     window.finish()
-    _to_each(wire, {r: _numbers(digests[r], wire) for r in receivers}, "the digests")
+    for posted, _ in small:
+        posted.wait()
     return sum(item.nbytes for _, parcel in departing for item in parcel)
 
 
@@ -120,9 +123,8 @@ def _is_ready(values: Tensor, piece: Piece, device: torch.device) -> bool:
     return as_wanted and values.is_contiguous()
 
 
-def _to_each(wire: Wire, data: Mapping[int, Tensor], what: str) -> None:
-    for posted in [wire.send(tensor, receiver, what) for receiver, tensor in data.items()]:
-        posted.wait()
+def _to_each(wire: Wire, data: Mapping[int, Tensor], what: str) -> list[tuple[Posted, Tensor]]:
+    return [(wire.send(tensor, receiver, what), tensor) for receiver, tensor in data.items()]
 
 
 def _numbers(values: Sequence[int], wire: Wire) -> Tensor:

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 T = TypeVar("T")
+_UNDER_WAY = 256
 
 
 class PeerLost(Exception):
@@ -66,7 +67,9 @@ class Wire:
 
 
 class Window(Generic[T]):
-    """Messages under way, oldest first: at most 16, and at most two of those that are staged.
+    """Messages under way, oldest first: at most two of those that are staged.
+
+    Those that are not take no memory; that they are many spares waking up for each.
 
     While one staged message is on the wire, another one is packed or unpacked.
     """
@@ -87,7 +90,7 @@ class Window(Generic[T]):
         return self._staging[self._num_staged % len(self._staging), :size]
 
     def add(self, message: T, *, staged: bool) -> None:
-        if len(self._under_way) == 16:
+        if len(self._under_way) == _UNDER_WAY:
             self._finish(self._under_way.popleft()[0])
         self._under_way.append((message, staged))
 

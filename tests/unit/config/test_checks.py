@@ -281,9 +281,15 @@ SINGLE = {
     "FP8 TP2 rollout.sync=disk model.intermediate_size=640": (
         "rollout.quantization=fp8 with rollout.sync=disk: tp=2 cuts intermediate_size = 640 inside"
     ),
-    "FP8 TP2 rollout.sync=p2p parallel.etp=2 model.moe_intermediate_size=128 "
+    "FP8 TP2 rollout.sync=disk parallel.etp=2 model.moe_intermediate_size=128 "
     "model.n_shared_experts=2": (
-        "rollout.quantization=fp8 with rollout.sync=p2p: etp=2 cuts moe_intermediate_size = 128"
+        "rollout.quantization=fp8 with rollout.sync=disk: etp=2 cuts moe_intermediate_size = 128"
+    ),
+    "FP8 rollout.sync=p2p": (
+        "rollout.sync=p2p writes slices into the embedded engine's float32 weights as they are"
+    ),
+    "rollout.engine=sglang rollout.sync=p2p cluster.host=8.8.8.8": (
+        "rollout.sync=p2p opens a route of SGLang that reads pickles, and cluster.host=8.8.8.8 is"
     ),
     "rollout.request_timeout_s=.inf": "rollout.request_timeout_s=inf: must be above 0",
     "rollout.top_p=1.1": "rollout.top_p=1.1: must be above 0 and at most 1",

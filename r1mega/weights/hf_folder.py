@@ -11,16 +11,17 @@ from r1mega.weights.slices import HF_INDEX, StoredTensor
 from r1mega.weights.tensor_file import num_bytes
 
 CONFIG = "config.json"
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+# Of descriptions, tokenizers, templates, code and licences; archives and other weights stay behind.
+_COMPANIONS = {".json", ".model", ".tiktoken", ".jinja", ".txt", ".py", ".md", ""}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Every file of ``folder`` but weights and their index, by name; folders are left out."""
+    """What goes with the weights of ``folder`` wherever they go: the content of files by name."""
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix not in _WEIGHTS and path.name != HF_INDEX
+        if path.is_file() and path.suffix in _COMPANIONS and path.name != HF_INDEX
     }
 
 

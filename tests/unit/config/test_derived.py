@@ -57,3 +57,30 @@ def test_uneven_stages_as_the_layout_places_them(
     assert derived.layers_per_stage(layers, parallel) == expected
     placed = stage_layers(layers, pp, first=first, last=last)
     assert tuple(sum(len(chunk) for chunk in stage) for stage in placed) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "spread"),
+    [
+        (61, 4, (16, 15, 15, 15)),
+        (61, 8, (7, *(8,) * 6, 6)),
+        (61, 16, (3, *(4,) * 14, 2)),
+        (61, 60, (2, *(1,) * 59)),
+        (61, 1, (61,)),
+        (7, 2, (4, 3)),
+        (8, 4, (2, 2, 2, 2)),
+    ],
+)
+def test_stages_as_even_as_can_be(num_layers: int, pp: int, spread: tuple[int, ...]) -> None:
+    first, last = derived.even_stages(num_layers, pp)
+    assert derived.spread_layers(num_layers, pp, first, last) == spread
+
+
+def test_any_number_of_stages_up_to_the_layers_can_be_spread() -> None:
+    for num_layers in range(1, 70):
+        for pp in range(1, num_layers + 1):
+            sizes = derived.spread_layers(num_layers, pp, *derived.even_stages(num_layers, pp))
+            assert (len(sizes), sum(sizes)) == (pp, num_layers)
+            assert min(sizes) >= 1
+    with pytest.raises(ValueError, match="pp=3 must be at most num_hidden_layers=2"):
+        derived.even_stages(2, 3)

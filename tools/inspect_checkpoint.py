@@ -23,7 +23,7 @@ from command_line import Bar, parse, run
 from r1mega.config import schema
 from r1mega.weights import comparison, inspection
 from r1mega.weights.progress import Meter
-from r1mega.weights.readers import Reader, is_torch_dist, open_reader, read_network
+from r1mega.weights.readers import Reader, open_reader, read_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str]) -> None:
     (folder,), options = parse(arguments, ("DIR",), Options)
     torch.set_num_threads(1)  # the inspection has threads of its own
     with Bar() as bar, ExitStack() as stack:
-        network = _network(folder, options.hf or options.compare)
+        network = read_network(folder, options.hf or options.compare)
         reader = stack.enter_context(open_reader(folder, network))
         num_bytes = _check(reader, network, options, bar)
         if options.compare is not None:
-            network = _network(options.compare, options.hf or folder)
+            network = read_network(options.compare, options.hf or folder)
             other = stack.enter_context(open_reader(options.compare, network))
             num_bytes += _check(other, network, options, bar)
             _compare(reader, other, options, Meter("compared", num_bytes, bar))
@@ -53,11 +53,6 @@ def main(arguments: Sequence[str]) -> None:
             names = [name for name in reader.tensors if fnmatchcase(name, options.match)]
             for facts in inspection.describe(reader, names, progress=meter.advance):
                 _show(facts, options)
-
-
-def _network(folder: Path, described_in: Path | None) -> schema.Model:
-    """torch_dist weights may say nothing of it."""
-    return read_network(folder, described_in if is_torch_dist(folder) else None)
 
 
 def _check(reader: Reader, network: schema.Model, options: Options, bar: Bar) -> int:

@@ -37,12 +37,12 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 def read_network(folder: Path, described_in: Path | None = None) -> schema.Model:
-    """The network that a folder of weights holds: a checkpoint's state.json, or a config.json, in
-    ``described_in`` where that is given. Raises ValueError."""
-    check_folder(described_in or folder)
-    if described_in is None and (folder / STATE).exists():
-        return read_state(folder).model
-    where = described_in or folder
+    """The network that a folder of weights holds: a checkpoint's state.json, or a config.json, that
+    of ``described_in`` for torch_dist weights if given. Raises ValueError."""
+    where = described_in if described_in is not None and is_torch_dist(folder) else folder
+    check_folder(where)
+    if (where / STATE).exists():
+        return read_state(where).model
     path = where / "config.json"
     if not path.exists():
         path = where / COMPANIONS / "config.json"

@@ -103,8 +103,8 @@ def commit(partial: Path, folder: Path, files: Mapping[str, FileRecord]) -> None
         name: {"bytes": record.bytes, "xxh3_128": record.digest}
         for name, record in sorted(files.items())
     }
-    for inner in {partial / name for name in files}:
-        sync_folder(inner.parent)
+    for inner in {(partial / name).parent for name in files}:
+        sync_folder(inner)
     manifest = {"format": FORMAT, "files": entries, "xxh3_128": _digest(entries)}
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
     replaced = partial_folder(folder.with_name(f"{folder.name}.replaced"))

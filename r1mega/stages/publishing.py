@@ -123,7 +123,7 @@ def _probe(worker: Worker, team: Team) -> Probe:
         logprobs=worker.learner.logprobs,
         team=team,
         vocab_size=config.model.vocab_size,
-        temperature=rollout.temperature,
+        temperature=worker.learner.temperature,
         tolerance=usual if rollout.probe_tolerance is None else rollout.probe_tolerance,
         max_tokens=min(rollout.context_tokens, config.learner.tokens_per_microbatch),
         least_sequences=layout.dp * (layout.pp if layout.vpp else 1),

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from r1mega.parallel.collectives import Team
 from r1mega.parallel.layout import Layout
 from r1mega.rollout import control
-from r1mega.rollout.broadcast import Stream
-from r1mega.rollout.carrier import CarryFailed
+from r1mega.rollout.broadcast import Broadcast, Stream
+from r1mega.rollout.carrier import Carried, CarryFailed
 from r1mega.rollout.checksum import cpu_checksum
 from r1mega.rollout.disk import Disk
 from r1mega.rollout.fleet import EngineHandle, Fleet
@@ -29,7 +29,14 @@ from r1mega.weights.regions import whole
 from r1mega.weights.slices import SliceReader
 from tests.distributed.fleets import RunningFleet, running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
-from tests.distributed.publishing import Source, broadcast, checksums, local_weights, publisher
+from tests.distributed.publishing import (
+    Source,
+    broadcast,
+    checksums,
+    local_weights,
+    probe,
+    publisher,
+)
 
 
 @pytest.fixture
@@ -227,10 +234,23 @@ def test_restarted_engine_stays_out_until_the_next_publish(
     assert admitted(fleet) == {engine.url for engine in client.engines()}
 
 
-def test_no_engine_left_is_a_clear_end(fleet: RunningFleet, client: Fleet) -> None:
-    for name in fleet.engines:
-        fleet.kill(name)
-    published = publisher(client, broadcast(Source()), engine_timeout_s=0.5)
+def test_engine_killed_before_its_proof_is_left_out_and_none_left_is_a_clear_end(
+    fleet: RunningFleet, client: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Deadly(Broadcast):
+        def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
+            carried = super().carry(engines, version)
+            fleet.kill("engine-1")
+            return carried
+
+    source = Source()
+    deadly = Deadly(source, is_root=True, bucket_bytes=1 << 20, timeout_s=60)
+    published = publisher(client, deadly, Proof(checksums=checksums(source), probe=probe(source)))
+    assert published.publish(1).engines == ("engine-0",)
+    assert "engine-1" in caplog.text
+    assert "/weights_checker did not answer" in caplog.text
+    fleet.kill("engine-0")
+    published = publisher(client, broadcast(source), engine_timeout_s=0.5)
     with pytest.raises(SyncFailed, match=r"reached no engine in 3 attempts: 0 of 1 engines"):
         published.publish(1)
 

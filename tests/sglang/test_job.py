@@ -18,7 +18,7 @@ import pytest
 from r1mega.config import load
 from r1mega.rollout.control import API_KEY
 from tests.distributed.test_failures import Run, rows
-from tests.distributed.test_job import descendants, wait_for
+from tests.distributed.test_job import all_gone, descendants, wait_for
 from tests.sglang.servers import ENVIRONMENT, PYTHON
 
 JOB = [
@@ -144,6 +144,7 @@ def test_a_killed_server_is_replaced_and_its_key_is_kept(run: Run) -> None:
     assert run.process.poll() is None, run.said()
     assert_key_is_asked_for(run)
     assert_key_is_hidden(run)
+    started = descendants(run.process.pid)
     first = run.fleet_pid("engine-0")
     os.kill(first, signal.SIGKILL)
     # The learner is faster than a server starts: it stops, so that there are steps left for both.
@@ -156,6 +157,7 @@ def test_a_killed_server_is_replaced_and_its_key_is_kept(run: Run) -> None:
         for pid in learners:
             os.kill(pid, signal.SIGCONT)
     assert run.end() == 0, run.said()
+    wait_for(lambda: all_gone(started))  # the killed server's own processes, too
     assert "engine-0 was ended by SIGKILL" in run.said()
     found = assert_equal_logprobs(run, steps=8)
     assert found[-1]["sync/engines"] == 2

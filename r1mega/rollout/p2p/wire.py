@@ -1,7 +1,7 @@
 """Bytes between the ranks of one group: posted, waited for, hashed; errors name the peer.
 
-Every operation is a batch of its own: NCCL then uses the group's one communicator instead of making
-one for every pair.
+On GPUs every operation is a batch of its own: NCCL then uses the group's one communicator and does
+not make one for every pair.
 """
 
 import re
@@ -59,8 +59,12 @@ class Wire:
 
     def _post(self, way: Callable[..., object], data: Tensor, peer: int, expected: str) -> Posted:
         try:
-            operation = dist.P2POp(way, data, group=self.group, group_peer=peer)
-            (work,) = dist.batch_isend_irecv([operation])
+            if self.device.type == "cpu":  # gloo knows no batches; going round them is 10x as fast
+                direct = self.group.send if way is dist.isend else self.group.recv
+                work = direct([data], peer, 0)
+            else:
+                operation = dist.P2POp(way, data, group=self.group, group_peer=peer)
+                (work,) = dist.batch_isend_irecv([operation])
         except RuntimeError as error:
             raise PeerLost(peer, f"{expected}: {reason(error)}") from error
         return Posted(work, peer, expected)

@@ -71,22 +71,25 @@ def split(rows: range, row_bytes: int, limit: int, multiple: int = 1) -> Iterato
 
 
 def pack(items: Iterable[T], nbytes: Callable[[T], int], bucket_bytes: int) -> list[tuple[T, ...]]:
-    """Small ones together in messages of at most ``bucket_bytes``, large ones alone."""
+    """Large ones alone, then small ones together in messages of at most ``bucket_bytes``.
+
+    In this order, since a message that has to be unpacked holds up those behind it.
+    """
     limit = min(bucket_bytes, _PACKED_BYTES)
-    packed: list[tuple[T, ...]] = []
-    bucket: list[T] = []
-    filled = 0
+    alone: list[tuple[T, ...]] = []
+    together: list[list[T]] = []
+    room = 0
     for item in items:
         needed = _aligned(nbytes(item))
         if needed > min(limit, _SMALL_BYTES):
-            packed.append((item,))
+            alone.append((item,))
             continue
-        if filled + needed > limit:
-            packed.append(tuple(bucket))
-            bucket, filled = [], 0
-        bucket.append(item)
-        filled += needed
-    return [*packed, tuple(bucket)] if bucket else packed
+        if needed > room:
+            together.append([])
+            room = limit
+        together[-1].append(item)
+        room -= needed
+    return alone + [tuple(bucket) for bucket in together]
 
 
 def in_turn(queues: Mapping[int, Sequence[T]], turn: Callable[[int], int]) -> list[tuple[int, T]]:

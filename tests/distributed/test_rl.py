@@ -62,7 +62,7 @@ def facts(run_folder: Path) -> list[dict[str, Any]]:
 def digests(run_folder: Path, step: int) -> dict[str, str]:
     path = run_folder / "checkpoints" / f"step_{step:06d}" / "manifest.json"
     files = json.loads(path.read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items()}
+    return {name: entry["xxh3_128"] for name, entry in files.items()}
 
 
 @pytest.fixture(scope="module")

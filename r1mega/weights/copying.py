@@ -58,8 +58,8 @@ def copy(
 ) -> Copied:
     """Write everything that ``recipes`` make of ``source`` to its place in ``folder``.
 
-    Raises ValueError when the source is damaged or the disk too small, OSError when it is full or
-    something unreadable; what is done by then is kept for the next call.
+    Raises ValueError when the source is damaged or the disk too small, OSError when the disk fills
+    up or a file cannot be read; what is done by then is kept for the next call.
     """
     tables = _tables(targets)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,9 @@ def _prepare(
         _check_space(folder, tables)
         return
     if journal.work is not None:
-        listener.note(f"starting anew: {folder} was begun from another source or for another end")
+        listener.note(
+            f"starting anew: {folder} was begun from another source or for another layout"
+        )
     journal.forget()
     for path in folder.iterdir():
         if path.is_dir():

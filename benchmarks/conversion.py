@@ -30,8 +30,9 @@ from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
 from r1mega.weights.convert import hf_to_megatron, megatron_to_hf
 from r1mega.weights.names import hf_shapes
+from r1mega.weights.regions import whole
 from r1mega.weights.streams import published_dtype
-from r1mega.weights.tensor_file import DTYPES, TensorFile, whole
+from r1mega.weights.tensor_file import DTYPES, TensorFile
 
 ROUNDS = 5
 AXES = {"tp": 2, "pp": 2, "ep": 4}

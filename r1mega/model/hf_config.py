@@ -4,11 +4,13 @@
 not part of the network. A value that our network does not implement is an error, never ignored.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from r1mega.config import network
-from r1mega.config.schema import Model, RopeScaling
+from r1mega.config.ranges import size_violations
+from r1mega.config.schema import Config, Model, RopeScaling
 
 # What an architecture fixes: engines read these keys, our network has one value each.
 _FIXED: dict[str, dict[str, Any]] = {
@@ -39,7 +41,7 @@ _OPTIONAL = {
     "head_dim",
     "attention_bias",
 }
-
+_TYPES = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Model).items()}
 
 # DeepSeek-V3's form of FP8 weights: weights.fp8.
 FP8_QUANTIZATION = {
@@ -88,7 +90,10 @@ def generation_config(model: Model) -> dict[str, Any]:
 
 
 def model_from_hf(values: dict[str, Any]) -> Model:
-    """The network described by a config.json of one of the implemented architectures."""
+    """The network described by a config.json of one of the implemented architectures.
+
+    Raises ValueError with a sentence for any other, and for values that no network can have.
+    """
     architecture = values.get("model_type")
     if architecture not in network.KEYS:
         raise ValueError(
@@ -114,14 +119,26 @@ def model_from_hf(values: dict[str, Any]) -> Model:
     rope = values.get("rope_parameters") or {}
     theta = values.get("rope_theta", rope.get("rope_theta", Model().rope_theta))
     chosen = {name: values[name] for name in keys if name in values}
-    if chosen.get("head_dim") == values["hidden_size"] // values["num_attention_heads"]:
-        del chosen["head_dim"]  # transformers writes it even where it is the quotient
-    return Model(
+    _check_types(chosen)
+    if (chosen.get("head_dim") or 0) * chosen["num_attention_heads"] == chosen["hidden_size"]:
+        chosen.pop("head_dim", None)  # transformers writes it even where it is the quotient
+    model = Model(
         **chosen,
         architecture=architecture,
         rope_theta=float(theta),
         rope_scaling=_rope_scaling(architecture, values.get("rope_scaling") or rope),
     )
+    if wrong := next(size_violations(Config(model=model)), None):
+        raise ValueError(f"config.json has {wrong.removeprefix('model.')}")
+    return model
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        types = _TYPES[name]
+        if type(value) not in types and not (float in types and type(value) is int):
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise ValueError(f"config.json has {name}={value!r}, but it must be {names}")
 
 
 def _scaling_values(scaling: RopeScaling | None) -> dict[str, Any] | None:

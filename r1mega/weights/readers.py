@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.model.hf_config import model_from_hf
-from r1mega.weights.checkpoint import COMPANIONS, STATE, read_state
+from r1mega.weights.checkpoints.checkpoint import COMPANIONS, STATE, read_state
 from r1mega.weights.regions import Region
 from r1mega.weights.slices import SliceReader, StoredTensor
 
@@ -51,7 +51,8 @@ def read_network(folder: Path, described_in: Path | None = None) -> schema.Model
         if not isinstance(values, dict):
             raise ValueError("it is no object")
         ends = values.get("eos_token_id")  # some models have several: weights do not depend on it
-        return model_from_hf(values | {"eos_token_id": ends[0] if isinstance(ends, list) else ends})
+        end = ends[0] if ends and isinstance(ends, list) else ends
+        return model_from_hf(values | {"eos_token_id": end})
     except FileNotFoundError:
         raise ValueError(
             f"{where} has no config.json to say what network it holds: put its model's there"
@@ -66,7 +67,7 @@ def open_reader(folder: Path, network: schema.Model) -> Iterator[Reader]:
     check_folder(folder)
     if is_torch_dist(folder):
         # Here, because torch's own reader costs everyone who imports it a second and 50 MB.
-        from r1mega.weights.torch_dist import TorchDistReader
+        from r1mega.weights.torch_dist.reader import TorchDistReader
 
         yield TorchDistReader(folder, network)
         return

@@ -179,6 +179,23 @@ def test_another_network_is_refused(change: dict[str, object], message: str) -> 
         model_from_hf({**hf_config(Model()), **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64.0}, r"hidden_size=64\.0, but it must be int"),
+        ({"intermediate_size": None}, "intermediate_size=None, but it must be int"),
+        ({"num_attention_heads": "8"}, "num_attention_heads='8', but it must be int"),
+        ({"head_dim": "8"}, "head_dim='8', but it must be int or null"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', but it must be bool"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: must be at least 1"),
+        ({"vocab_size": -5}, "vocab_size=-5: must be at least 1"),
+    ],
+)
+def test_values_that_no_network_has_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"config.json has {message}"):
+        model_from_hf(QWEN_MATH_7B | change)
+
+
 def test_incomplete_config_is_refused() -> None:
     values = hf_config(Model())
     del values["hidden_size"], values["n_group"]

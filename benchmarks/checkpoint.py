@@ -30,14 +30,14 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
-from r1mega.weights.checkpoint import Progress, read_state, step_folder
-from r1mega.weights.flat_ranges import tensors
+from r1mega.weights.checkpoints.checkpoint import Progress, read_state, step_folder
+from r1mega.weights.checkpoints.flat_ranges import tensors
+from r1mega.weights.checkpoints.manifest import verify
+from r1mega.weights.checkpoints.saved_optimizer import ELEMENTS, SavedOptimizer
+from r1mega.weights.checkpoints.saving import Contents, Saver
 from r1mega.weights.holders import holders
 from r1mega.weights.local import LocalWeights
-from r1mega.weights.manifest import verify
 from r1mega.weights.names import Spec, parameter_slices
-from r1mega.weights.saved_optimizer import ELEMENTS, SavedOptimizer
-from r1mega.weights.saving import Contents, Saver
 from r1mega.weights.slices import SliceReader
 
 ROUNDS = 5

@@ -28,7 +28,7 @@ import torch
 
 from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
-from r1mega.weights.convert import hf_to_megatron, megatron_to_hf
+from r1mega.weights.conversion.convert import hf_to_megatron, megatron_to_hf
 from r1mega.weights.names import hf_shapes
 from r1mega.weights.regions import whole
 from r1mega.weights.streams import published_dtype

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from command_line import Bar, parse, run
 
-from r1mega.weights.convert import hf_to_megatron
+from r1mega.weights.conversion.convert import hf_to_megatron
 
 
 @dataclass(frozen=True, kw_only=True)

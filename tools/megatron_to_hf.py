@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from command_line import Bar, parse, run
 
-from r1mega.weights.convert import GIGABYTE, megatron_to_hf
+from r1mega.weights.conversion.convert import GIGABYTE, megatron_to_hf
 from r1mega.weights.streams import Precision
 
 

@@ -18,13 +18,13 @@ from typing import Literal
 import torch
 from command_line import Bar, parse, run
 
-from r1mega.weights.checkpoint import COMPANIONS
-from r1mega.weights.convert import smallest_layout, write_checkpoint
-from r1mega.weights.hf_folder import read_companions
+from r1mega.weights.checkpoints.checkpoint import COMPANIONS
+from r1mega.weights.conversion.convert import smallest_layout, write_checkpoint
+from r1mega.weights.conversion.hf_folder import read_companions
 from r1mega.weights.inspection import summarize
 from r1mega.weights.progress import Meter
 from r1mega.weights.readers import open_reader, read_network
-from r1mega.weights.torch_dist_export import export
+from r1mega.weights.torch_dist.export import export
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from r1mega.config import ConfigError, load
 from r1mega.config.derived import mtp_mode
 from r1mega.config.schema import Config
 from r1mega.run.directory import RunDirectory
-from r1mega.weights import checkpoint
-from r1mega.weights.manifest import CheckpointError
+from r1mega.weights.checkpoints import checkpoint
+from r1mega.weights.checkpoints.manifest import CheckpointError
 from r1mega.weights.names import Spec
 
 

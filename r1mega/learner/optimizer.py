@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1mega.config import schema
 from r1mega.learner.pipeline import sum_gradients
-from r1mega.weights.flat_ranges import Parameter
+from r1mega.weights.checkpoints.flat_ranges import Parameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -18,10 +18,10 @@ from r1mega.rollout.carrier import Carried, CarryFailed, post_all
 from r1mega.rollout.fleet import EngineHandle
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, own_scale_region, scale_name, scale_shape
-from r1mega.weights.hf_folder import shard_index
+from r1mega.weights.conversion.hf_folder import shard_index
+from r1mega.weights.conversion.placing import Shapes, cut_by_size
 from r1mega.weights.holders import balanced_owners
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.placing import Shapes, cut_by_size
 from r1mega.weights.regions import Region, extent
 from r1mega.weights.slices import HF_INDEX, StoredTensor
 from r1mega.weights.tensor_file import DTYPE_NAMES, TensorFile, num_bytes

@@ -22,7 +22,7 @@ from r1mega.stages.generation import Generation, Replay, open_generation
 from r1mega.stages.progress import progress_bar
 from r1mega.stages.worker import Worker, open_worker
 from r1mega.system.stopwatch import Stopwatch
-from r1mega.weights.checkpoint import Progress
+from r1mega.weights.checkpoints.checkpoint import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from r1mega.run.metrics import MetricsWriter
 from r1mega.run.samples import truncate_samples_after
 from r1mega.stages.progress import say
 from r1mega.system.termination import before_sigterm
-from r1mega.weights import checkpoint
-from r1mega.weights.checkpoint import Progress
-from r1mega.weights.manifest import MANIFEST, CheckpointError, verify
-from r1mega.weights.saved_optimizer import SavedOptimizer
-from r1mega.weights.saving import Contents, Saver
+from r1mega.weights.checkpoints import checkpoint
+from r1mega.weights.checkpoints.checkpoint import Progress
+from r1mega.weights.checkpoints.manifest import MANIFEST, CheckpointError, verify
+from r1mega.weights.checkpoints.saved_optimizer import SavedOptimizer
+from r1mega.weights.checkpoints.saving import Contents, Saver
 from r1mega.weights.slices import SliceReader
 from r1mega.weights.tensor_file import TensorFile
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from r1mega.config import schema
 from r1mega.weights import fp8
 from r1mega.weights.blocks import scale_name, scale_region, weight_name
-from r1mega.weights.checkpoint import REFERENCE, STATE, read_state
-from r1mega.weights.inventory import take_inventory
-from r1mega.weights.manifest import (
+from r1mega.weights.checkpoints.checkpoint import REFERENCE, STATE, read_state
+from r1mega.weights.checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
     FileRecord,
     read_manifest,
     verify_file,
 )
+from r1mega.weights.inventory import take_inventory
 from r1mega.weights.readers import Reader, is_torch_dist
 from r1mega.weights.regions import extent
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader, StoredTensor

@@ -108,7 +108,7 @@ def _open(run: Run, hop: Hop, folder: Path) -> Any:
     from r1mega.parallel.layout import Layout
     from r1mega.run.directory import RunDirectory
     from r1mega.stages.worker import Worker
-    from r1mega.weights.saving import Saver
+    from r1mega.weights.checkpoints.saving import Saver
 
     backend = open_backend("cpu")
     layout = Layout(world=hop.world, **hop.axes)

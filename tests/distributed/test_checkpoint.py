@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from r1mega.config import load
-from r1mega.weights import checkpoint
+from r1mega.weights.checkpoints import checkpoint
 from tests.distributed.launch import run_ranks
 
 AXES = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "cluster.learner_processes_per_node=4"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from r1mega.weights.manifest import verify
+from r1mega.weights.checkpoints.manifest import verify
 from tests.distributed.test_job import all_gone, descendants, wait_for
 
 ROOT = Path(__file__).parents[2]

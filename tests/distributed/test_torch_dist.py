@@ -13,7 +13,7 @@ from r1mega.weights.local import random_region
 from r1mega.weights.readers import open_reader
 from r1mega.weights.regions import whole
 from r1mega.weights.slices import SliceReader
-from r1mega.weights.torch_dist_export import export
+from r1mega.weights.torch_dist.export import export
 from tests.distributed.launch import run_ranks
 from tests.distributed.tiny import MODEL, MODELS
 from tests.unit.weights.weight_folders import random_weights, write_checkpoint

@@ -11,8 +11,8 @@ from r1mega.config import Config, schema
 from r1mega.config.load import dump
 from r1mega.parallel.layout import Layout
 from r1mega.run.directory import RunDirectory
-from r1mega.weights import checkpoint
-from r1mega.weights.manifest import commit, partial_folder, record_bytes
+from r1mega.weights.checkpoints import checkpoint
+from r1mega.weights.checkpoints.manifest import commit, partial_folder, record_bytes
 from r1mega.weights.names import Spec
 
 CONFIG = Config()

@@ -15,7 +15,7 @@ from r1mega.cluster.initial_weights import check_weights
 from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
 from r1mega.parallel.layout import Layout
-from r1mega.weights.checkpoint import Progress, State
+from r1mega.weights.checkpoints.checkpoint import Progress, State
 from r1mega.weights.names import Spec, hf_shapes
 from r1mega.weights.regions import whole
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index

@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
-from r1mega.weights.checkpoint import Progress
-from r1mega.weights.flat_ranges import tensors
+from r1mega.weights.checkpoints.checkpoint import Progress
+from r1mega.weights.checkpoints.flat_ranges import tensors
+from r1mega.weights.checkpoints.saving import Contents, Saver
 from r1mega.weights.holders import holders
 from r1mega.weights.local import LocalWeights, random_region
 from r1mega.weights.names import Spec, parameter_slices
-from r1mega.weights.saving import Contents, Saver
 from tests.distributed.tiny import MODEL
 
 

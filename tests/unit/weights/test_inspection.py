@@ -15,9 +15,9 @@ from torch import Tensor
 from r1mega.cluster.initial_weights import check_weights
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
+from r1mega.weights.checkpoints.manifest import commit, record_bytes
 from r1mega.weights.comparison import Difference, compare, names_of
 from r1mega.weights.inspection import Summary, TensorFacts, check_whole, describe, summarize
-from r1mega.weights.manifest import commit, record_bytes
 from r1mega.weights.names import Spec
 from r1mega.weights.readers import open_reader, read_network
 from r1mega.weights.tensor_file import read_header

@@ -12,9 +12,9 @@ from r1mega.model.hf_config import hf_config
 from r1mega.parallel.layout import Layout
 from r1mega.weights import fp8
 from r1mega.weights.blocks import scale_name
-from r1mega.weights.checkpoint import Progress, State, shard
+from r1mega.weights.checkpoints.checkpoint import Progress, State, shard
+from r1mega.weights.checkpoints.manifest import FileRecord, commit
 from r1mega.weights.holders import balanced_owners, holders
-from r1mega.weights.manifest import FileRecord, commit
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes
 from r1mega.weights.regions import Region, whole
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index

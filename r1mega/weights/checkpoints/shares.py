@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from r1mega.weights.checkpoint import shard
+from r1mega.weights.checkpoints.checkpoint import shard
+from r1mega.weights.checkpoints.host_file import Part
 from r1mega.weights.holders import balanced_owners
-from r1mega.weights.host_file import Part
 from r1mega.weights.local import LocalWeights, wire_dtype
 from r1mega.weights.names import ParameterSlice
 from r1mega.weights.regions import Region, extent

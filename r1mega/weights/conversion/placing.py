@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from r1mega.weights.checkpoint import shard
+from r1mega.weights.checkpoints.checkpoint import shard
 from r1mega.weights.holders import Held, balanced_owners
 from r1mega.weights.regions import Region, whole
 from r1mega.weights.slices import Piece, StoredTensor

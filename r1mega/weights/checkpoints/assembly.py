@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1mega.system.files import write_atomically
-from r1mega.weights.checkpoint import COMPANIONS, REFERENCE, STATE, State
-from r1mega.weights.manifest import (
+from r1mega.weights.checkpoints.checkpoint import COMPANIONS, REFERENCE, STATE, State
+from r1mega.weights.checkpoints.manifest import (
     CheckpointError,
     FileRecord,
     commit,
@@ -17,7 +17,7 @@ from r1mega.weights.manifest import (
     read_manifest,
     record_bytes,
 )
-from r1mega.weights.shares import Shares
+from r1mega.weights.checkpoints.shares import Shares
 from r1mega.weights.slices import CHECKPOINT_INDEX
 
 _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}

@@ -25,12 +25,19 @@ from torch import Tensor
 from r1mega import __version__
 from r1mega.parallel.collectives import await_keys, gather_records
 from r1mega.parallel.groups import Groups
-from r1mega.weights.assembly import Report, assemble, start_folder
-from r1mega.weights.checkpoint import REFERENCE, Progress, State, prune, shard, step_folder
-from r1mega.weights.host_file import HostFile, Part
+from r1mega.weights.checkpoints.assembly import Report, assemble, start_folder
+from r1mega.weights.checkpoints.checkpoint import (
+    REFERENCE,
+    Progress,
+    State,
+    prune,
+    shard,
+    step_folder,
+)
+from r1mega.weights.checkpoints.host_file import HostFile, Part
+from r1mega.weights.checkpoints.manifest import CheckpointError, partial_folder
+from r1mega.weights.checkpoints.shares import Shares
 from r1mega.weights.local import LocalWeights
-from r1mega.weights.manifest import CheckpointError, partial_folder
-from r1mega.weights.shares import Shares
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1mega.model.hf_config import hf_config
-from r1mega.weights.convert import hf_to_megatron, megatron_to_hf
-from r1mega.weights.copying import JOURNAL
-from r1mega.weights.journal import Journal
-from tests.unit.weights.test_convert import (
+from r1mega.weights.conversion.convert import hf_to_megatron, megatron_to_hf
+from r1mega.weights.conversion.copying import JOURNAL
+from r1mega.weights.conversion.journal import Journal
+from tests.unit.weights.conversion.test_convert import (
     Listening,
     assert_same,
     convert,

@@ -23,9 +23,9 @@ from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.comparison import compare, names_of
 from r1mega.weights.readers import open_reader
-from r1mega.weights.torch_dist import TorchDistReader
-from r1mega.weights.torch_dist_export import export
-from r1mega.weights.torch_dist_file import TorchDistError, TorchDistFolder
+from r1mega.weights.torch_dist.export import export
+from r1mega.weights.torch_dist.files import TorchDistError, TorchDistFolder
+from r1mega.weights.torch_dist.reader import TorchDistReader
 from tests.unit.weights.weight_folders import (
     LLAMA,
     TIED,
@@ -51,7 +51,7 @@ def test_comes_back_bit_equal(
     model: schema.Model, mtp: bool, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tensors in several chunks, too.
-    monkeypatch.setattr("r1mega.weights.torch_dist_export._CHUNK_BYTES", 3000)
+    monkeypatch.setattr("r1mega.weights.torch_dist.export._CHUNK_BYTES", 3000)
     weights = random_weights(model, mtp=mtp)
     source = write_checkpoint(tmp_path / "ours", model, weights, TP2_PP2_EP2)
     target = exported(source, model, tmp_path / "theirs", fused=fused)

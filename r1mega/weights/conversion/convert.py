@@ -15,19 +15,25 @@ from r1mega.config import network_checks, schema
 from r1mega.config.derived import even_stages
 from r1mega.parallel.layout import Layout
 from r1mega.system.files import sync_folder, write_atomically
-from r1mega.weights.checkpoint import COMPANIONS, STATE, Progress, State
-from r1mega.weights.copying import JOURNAL, copy
-from r1mega.weights.hf_folder import (
+from r1mega.weights.checkpoints.checkpoint import COMPANIONS, STATE, Progress, State
+from r1mega.weights.checkpoints.manifest import (
+    commit,
+    partial_folder,
+    read_manifest,
+    record_bytes,
+    verify_file,
+)
+from r1mega.weights.conversion.copying import JOURNAL, copy
+from r1mega.weights.conversion.hf_folder import (
     CONFIG,
     matching_config,
     read_companions,
     shard_index,
 )
+from r1mega.weights.conversion.placing import cut_by_size, cut_for_ranks, shapes_of
 from r1mega.weights.holders import ranks_for
 from r1mega.weights.inventory import Inventory, take_inventory
-from r1mega.weights.manifest import commit, partial_folder, read_manifest, record_bytes, verify_file
 from r1mega.weights.names import Spec, fp8_weights
-from r1mega.weights.placing import cut_by_size, cut_for_ranks, shapes_of
 from r1mega.weights.progress import Listener
 from r1mega.weights.readers import Reader, read_network
 from r1mega.weights.slices import (

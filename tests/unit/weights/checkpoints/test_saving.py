@@ -15,15 +15,15 @@ import torch.distributed as dist
 
 from r1mega.parallel.layout import Layout
 from r1mega.system.termination import before_sigterm
-from r1mega.weights.checkpoint import newest, read_state
-from r1mega.weights.local import LocalWeights
-from r1mega.weights.manifest import (
+from r1mega.weights.checkpoints.checkpoint import newest, read_state
+from r1mega.weights.checkpoints.manifest import (
     CheckpointError,
     commit,
     read_manifest,
     record_bytes,
     verify,
 )
+from r1mega.weights.local import LocalWeights
 from r1mega.weights.slices import SliceReader
 from r1mega.weights.tensor_file import TensorFile, digest_tensor
 from tests.distributed.tiny import MODEL

@@ -21,7 +21,7 @@ from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
 from r1mega.weights.regions import Region, extent, indices, intersect, within
 from r1mega.weights.slices import StoredTensor
 from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES
-from r1mega.weights.torch_dist_file import TorchDistError, TorchDistFolder
+from r1mega.weights.torch_dist.files import TorchDistError, TorchDistFolder
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.local_experts\.(\d+)\.(.+)")

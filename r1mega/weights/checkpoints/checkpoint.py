@@ -21,7 +21,13 @@ from typing import Any
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.manifest import CheckpointError, read_manifest, remove, verify, verify_file
+from r1mega.weights.checkpoints.manifest import (
+    CheckpointError,
+    read_manifest,
+    remove,
+    verify,
+    verify_file,
+)
 from r1mega.weights.names import Spec
 from r1mega.weights.slices import FORMAT
 

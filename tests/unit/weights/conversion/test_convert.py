@@ -14,9 +14,9 @@ from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
 from r1mega.weights import fp8
 from r1mega.weights.blocks import scale_name, scale_shape
-from r1mega.weights.checkpoint import read_state
-from r1mega.weights.convert import hf_to_megatron, megatron_to_hf, smallest_layout
-from r1mega.weights.manifest import read_manifest, verify
+from r1mega.weights.checkpoints.checkpoint import read_state
+from r1mega.weights.checkpoints.manifest import read_manifest, verify
+from r1mega.weights.conversion.convert import hf_to_megatron, megatron_to_hf, smallest_layout
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes, parameter_slices
 from r1mega.weights.slices import SliceReader
 from r1mega.weights.streams import Precision

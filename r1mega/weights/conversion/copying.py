@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import xxhash
 
-from r1mega.weights.journal import Journal
-from r1mega.weights.manifest import FileRecord
+from r1mega.weights.checkpoints.manifest import FileRecord
+from r1mega.weights.conversion.journal import Journal
 from r1mega.weights.progress import Listener, Meter
 from r1mega.weights.readers import Reader
 from r1mega.weights.regions import extent

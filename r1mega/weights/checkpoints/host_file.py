@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r1mega.weights.manifest import FileRecord
+from r1mega.weights.checkpoints.manifest import FileRecord
 from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES, digest_tensor, plan, write_file
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # dtype (safetensors' name) and shape by key

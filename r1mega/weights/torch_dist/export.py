@@ -34,12 +34,12 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from r1mega.config import network, schema
 from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights import fp8
-from r1mega.weights.checkpoint import COMPANIONS
-from r1mega.weights.manifest import partial_folder
+from r1mega.weights.checkpoints.checkpoint import COMPANIONS
+from r1mega.weights.checkpoints.manifest import partial_folder
 from r1mega.weights.readers import Reader
 from r1mega.weights.regions import Region, extent, indices, intersect, within
 from r1mega.weights.tensor_file import DTYPES
-from r1mega.weights.torch_dist import (
+from r1mega.weights.torch_dist.reader import (
     Home,
     MegatronTensor,
     Part,

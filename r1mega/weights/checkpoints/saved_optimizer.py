@@ -14,10 +14,10 @@ from typing import Self
 
 import torch
 
-from r1mega.weights.checkpoint import State, shard
-from r1mega.weights.flat_ranges import Parameter, Place, places, sources, tensors
+from r1mega.weights.checkpoints.checkpoint import State, shard
+from r1mega.weights.checkpoints.flat_ranges import Parameter, Place, places, sources, tensors
+from r1mega.weights.checkpoints.manifest import CheckpointError
 from r1mega.weights.local import LocalWeights
-from r1mega.weights.manifest import CheckpointError
 from r1mega.weights.tensor_file import DTYPES, TensorFile
 
 ELEMENTS = ("param", "exp_avg", "exp_avg_sq")  # one value per element of the parameter

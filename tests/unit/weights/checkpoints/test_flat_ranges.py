@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
-from r1mega.weights.flat_ranges import places, rectangles, sources, tensors
+from r1mega.weights.checkpoints.flat_ranges import places, rectangles, sources, tensors
 from r1mega.weights.names import Spec, hf_shapes, parameter_slices
 from tests.distributed.tiny import MODEL, MODELS
 

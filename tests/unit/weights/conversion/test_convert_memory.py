@@ -15,13 +15,13 @@ import torch
 
 from r1mega.config.schema import Model
 from r1mega.model.hf_config import hf_config
-from r1mega.weights.convert import hf_to_megatron, megatron_to_hf
+from r1mega.weights.conversion.convert import hf_to_megatron, megatron_to_hf
 from r1mega.weights.names import hf_shapes
 from r1mega.weights.streams import published_dtype
 from r1mega.weights.tensor_file import TensorFile
-from tests.unit.weights.test_convert import Listening
+from tests.unit.weights.conversion.test_convert import Listening
 
-TOOLS = Path(__file__).parents[3] / "tools"
+TOOLS = Path(__file__).parents[4] / "tools"
 MEGABYTE = 1_000_000
 
 

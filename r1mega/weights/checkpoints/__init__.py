@@ -1,0 +1,1 @@
+"""Checkpoints of runs: written while training goes on, read under any layout."""

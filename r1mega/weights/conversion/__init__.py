@@ -1,0 +1,1 @@
+"""Between Hugging Face folders and checkpoints: streamed, resumable, read back."""

@@ -8,8 +8,10 @@ weights: no optimizer state, no step, no generator states.
 import io
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -81,18 +83,19 @@ def export(
 
     ``fused_norms``: under the keys of TransformerEngine's layer spec, otherwise of the local one.
     ``companions``, files by name, go into its folder hf, where ``read_network`` looks for a
-    config.json. ``progress`` is told of bytes as they are read. Raises ValueError, or OSError when
-    it cannot write; then there is no ``target``.
+    config.json. ``progress`` is told of bytes as they are read. Raises ValueError when something
+    cannot be read or written; then there is no ``target``.
     """
     if target.exists():
         raise ValueError(f"{target} is there already: name a new folder, or remove it")
     planner = _Planner(reader, model, fused_norms, progress)
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
+        _check_space(partial, planner.num_bytes)
         writer = FileSystemWriter(partial, thread_count=threads)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _threads_that_raise():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
             save({}, storage_writer=writer, planner=planner, no_dist=True)
         torch.save({}, partial / "common.pt")
@@ -103,10 +106,45 @@ def export(
         sync_folder(partial)
         partial.rename(target)
         sync_folder(target.parent)
-    except CheckpointException as error:  # a BaseException, with the real one inside
-        raise next(cause for cause, _ in error.failures.values()) from error
+    except (CheckpointException, OSError, ValueError) as error:
+        raise ValueError(f"{target} was not written: {_cause(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _threads_that_raise() -> Iterator[None]:
+    """Raises what ended a thread: torch's writer would leave out what the thread had to write."""
+    ended: list[BaseException] = []
+    before = threading.excepthook
+
+    def note(ending: threading.ExceptHookArgs) -> None:
+        if ending.exc_value is not None:
+            ended.append(ending.exc_value)
+
+    threading.excepthook = note
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+        if ended:
+            raise ended[0]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """torch's exception, a BaseException, has the real one inside."""
+    if isinstance(error, CheckpointException):
+        return next(cause for cause, _ in error.failures.values())
+    return error
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the disk has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB are to be written: "
+            "make room or name another place"
+        )
 
 
 class _Planner(DefaultSavePlanner):
@@ -134,6 +172,11 @@ class _Planner(DefaultSavePlanner):
             modules |= dict.fromkeys(_stateful_modules(home, leading))
         for module in modules:
             self._items.append(WriteItem(MetadataIndex(module), WriteItemType.BYTE_IO))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is to be written."""
+        return sum(prod(extent(c.region)) * c.dtype.itemsize for c in self._chunks.values())
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(self._items)

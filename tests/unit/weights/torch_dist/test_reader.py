@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -23,6 +24,8 @@ from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.comparison import compare, names_of
 from r1mega.weights.readers import open_reader
+from r1mega.weights.regions import Region
+from r1mega.weights.slices import SliceReader
 from r1mega.weights.torch_dist.export import export
 from r1mega.weights.torch_dist.files import TorchDistError, TorchDistFolder
 from r1mega.weights.torch_dist.reader import TorchDistReader
@@ -91,6 +94,23 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         exported(source, V3, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "lacking", "there"]
+
+
+def test_what_one_thread_cannot_read_ends_an_export(tmp_path: Path) -> None:
+    """Whichever of the writer's threads it is: torch itself would go on without its tensors."""
+    weights = random_weights(LLAMA)
+    source = write_hf(tmp_path / "hf", LLAMA, weights)
+    for unreadable in list(weights)[:8]:
+
+        class Failing(SliceReader):
+            def read_stored(self, name: str, region: Region, bad: str = unreadable) -> Tensor:
+                if name == bad:
+                    raise ValueError(f"{name} is gone")
+                return super().read_stored(name, region)
+
+        with Failing(source) as reader, pytest.raises(ValueError, match=f"{unreadable} is gone"):
+            export(reader, LLAMA, tmp_path / "theirs", fused_norms=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

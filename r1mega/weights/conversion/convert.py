@@ -118,7 +118,8 @@ def write_checkpoint(
     inventory = take_inventory(model, source.tensors, str(source.folder))
     made = recipes(_in_order(source, inventory), "keep", weights=(), fp8_weights=())
     targets = cut_for_ranks(shapes_of(made), inventory.holders(model, layout))
-    with _made(out) as partial:
+    out = out.resolve()  # a link is written through, not replaced
+    with _made(out, source.folder) as partial:
         copied = copy(source, made, targets, partial, listener)
         state = State(
             progress=Progress(step=0, data_position=0),
@@ -157,7 +158,8 @@ def write_hf(
         fp8_weights=fp8_weights(model, Spec(mtp=inventory.mtp)),
     )
     targets = cut_by_size(shapes_of(made), shard_bytes)
-    with _made(out) as partial:
+    out = out.resolve()  # a link is written through, not replaced
+    with _made(out, source.folder) as partial:
         copied = copy(source, made, targets, partial, listener)
         texts = dict(companions)
         texts[CONFIG] = matching_config(companions[CONFIG], copied.tensors)
@@ -192,8 +194,10 @@ def _write_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
 
 
 @contextmanager
-def _made(out: Path) -> Iterator[Path]:
+def _made(out: Path, source: Path) -> Iterator[Path]:
     """Where ``out`` is made. What fails leaves that for the next run, and no ``out``."""
+    if out.is_relative_to(source.resolve()):
+        raise ValueError(f"{out} is inside {source}, which is only read: name a folder elsewhere")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: name another folder or remove it")
     partial = partial_folder(out)

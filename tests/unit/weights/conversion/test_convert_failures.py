@@ -136,6 +136,25 @@ def test_nothing_is_overwritten(hf: Path) -> None:
     assert [path.name for path in hf.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_the_source_stays_as_it_is(hf: Path) -> None:
+    before = contents(hf)
+    for out in (hf / "out", hf / "a/../b/out", hf.parent / "hf"):
+        with pytest.raises(ValueError, match=r"is inside .*hf, which is only read"):
+            convert(hf, out)
+    assert contents(hf) == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_written_through(is_there: bool, hf: Path) -> None:
+    """Where it leads there may be more room than where it is."""
+    (target := hf.parent / "large/disk").mkdir(parents=True)
+    (link := hf.parent / "out").symlink_to(target if is_there else target / "new")
+    convert(hf, link)
+    assert link.is_symlink()
+    assert (link / "manifest.json").is_file()
+    assert {path.name for path in hf.parent.iterdir()} == {"hf", "large", "out"}
+
+
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     folder = convert(write_hf(tmp_path / "hf", LLAMA, random_weights(LLAMA)), tmp_path / "a", tp=2)
     files = [path for path in folder.rglob("*") if path.is_file()]

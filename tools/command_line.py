@@ -56,20 +56,26 @@ def parse(
     Fields may be int (at least 1), bool, str, a Literal, or a Path or None. Raises ValueError with
     one sentence.
     """
-    split = [(key, value) for key, equals, value in (a.partition("=") for a in arguments) if equals]
-    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    pairs = [argument.split("=", 1) for argument in arguments if _is_pair(argument)]
+    folders = [Path(argument) for argument in arguments if not _is_pair(argument)]
     if len(folders) != len(names):
         raise ValueError(f"expected {' '.join(names)}, got {' '.join(map(str, folders)) or 'none'}")
     hints = get_type_hints(options)
     known = [field.name for field in fields(options)]  # type: ignore[arg-type]
     values = {}
-    for key, value in split:
+    for key, value in pairs:
         if key not in known:
             near = get_close_matches(key, known, 1)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"unknown key {key!r}: {meant}")
         values[key] = _value(key, value, hints[key])
     return folders, options(**values)
+
+
+def _is_pair(argument: str) -> bool:
+    """Folders may have an = too, as ./lr=1e-5."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "/" not in key
 
 
 def _value(key: str, value: str, hint: Any) -> Any:

@@ -23,7 +23,7 @@ from command_line import Bar, parse, run
 from r1mega.config import schema
 from r1mega.weights import comparison, inspection
 from r1mega.weights.progress import Meter
-from r1mega.weights.readers import Reader, open_reader, read_network
+from r1mega.weights.readers import Reader, check_folder, open_reader, read_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Options:
 def main(arguments: Sequence[str]) -> None:
     (folder,), options = parse(arguments, ("DIR",), Options)
     torch.set_num_threads(1)  # the inspection has threads of its own
+    if options.compare is not None:
+        check_folder(options.compare)  # before hours of reading the other
     with Bar() as bar, ExitStack() as stack:
         network = read_network(folder, options.hf or options.compare)
         reader = stack.enter_context(open_reader(folder, network))
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         elif options.list:
             meter = Meter("read", num_bytes, bar)
             names = [name for name in reader.tensors if fnmatchcase(name, options.match)]
+            if not names:
+                raise ValueError(f"no tensor has a name like {options.match}")
             for facts in inspection.describe(reader, names, progress=meter.advance):
                 _show(facts, options)
 

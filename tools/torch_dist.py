@@ -28,41 +28,50 @@ from r1mega.weights.torch_dist.export import export
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Import:
     hf: Path | None = None
     tp: int = 1
     pp: int = 1
     ep: int = 1
     etp: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
     spec: Literal["te", "local"] = "te"
 
 
 def main(arguments: Sequence[str]) -> None:
-    (verb, source, out), options = parse(arguments, ("import|export", "SOURCE", "OUT_DIR"), Options)
-    verbs = {"import": _import, "export": _export}
-    if str(verb) not in verbs:
-        raise ValueError(f"expected import or export, got {verb}")
+    verbs = {"import": (_import, Import), "export": (_export, Export)}
+    if arguments[0] not in verbs:
+        raise ValueError(f"expected import or export, got {arguments[0]}")
+    work, options_of = verbs[arguments[0]]
+    (source, out), options = parse(arguments[1:], ("SOURCE", "OUT_DIR"), options_of)
     torch.set_num_threads(1)  # the converter has threads of its own
     with Bar() as bar:
-        verbs[str(verb)](source, out, options, bar)
+        work(source, out, options, bar)
 
 
-def _import(source: Path, out: Path, options: Options, bar: Bar) -> None:
+def _import(source: Path, out: Path, options: Import, bar: Bar) -> None:
     model = read_network(source, options.hf)
     layout = smallest_layout(model, tp=options.tp, pp=options.pp, ep=options.ep, etp=options.etp)
-    companions = read_companions(options.hf or source / COMPANIONS)
+    companions = _companions(options.hf or source)
     with open_reader(source, model) as reader:
         write_checkpoint(reader, model, layout, out, companions, bar)
 
 
-def _export(source: Path, out: Path, options: Options, bar: Bar) -> None:
+def _export(source: Path, out: Path, options: Export, bar: Bar) -> None:
     model = read_network(source)
-    own = source / COMPANIONS
+    fused = options.spec == "te"
+    companions = _companions(source)
     with open_reader(source, model) as reader:
         meter = Meter("exported", summarize(reader, model).tensor_bytes, bar)
-        companions = read_companions(own if own.is_dir() else source)
-        fused = options.spec == "te"
         export(reader, model, out, fused_norms=fused, companions=companions, progress=meter.advance)
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    own = folder / COMPANIONS
+    return read_companions(own if own.is_dir() else folder)
 
 
 if __name__ == "__main__":

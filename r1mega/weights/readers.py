@@ -54,6 +54,8 @@ def read_network(folder: Path, described_in: Path | None = None) -> schema.Model
         end = ends[0] if ends and isinstance(ends, list) else ends
         return model_from_hf(values | {"eos_token_id": end})
     except FileNotFoundError:
+        if steps := [*where.glob("step_*"), *where.glob("checkpoints/step_*")]:
+            raise ValueError(f"{where} holds checkpoints: name one, as {max(steps)}") from None
         raise ValueError(
             f"{where} has no config.json to say what network it holds: put its model's there"
         ) from None

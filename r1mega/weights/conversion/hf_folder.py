@@ -21,7 +21,10 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _COMPANIONS and path.name != HF_INDEX
+        if path.is_file()
+        and path.suffix in _COMPANIONS
+        and path.name != HF_INDEX
+        and not path.name.startswith(".")  # .metadata makes a folder torch_dist's
     }
 
 
@@ -30,7 +33,8 @@ def matching_config(content: bytes, tensors: Mapping[str, StoredTensor]) -> byte
     values: dict[str, Any] = json.loads(content)
     changed = dict(values)
     if any(stored.dtype == fp8.CODES for stored in tensors.values()):
-        changed.setdefault("quantization_config", FP8_QUANTIZATION)
+        before = values.get("quantization_config") or {}
+        changed["quantization_config"] = before | FP8_QUANTIZATION
     else:
         changed.pop("quantization_config", None)
     dtype = _TORCH_NAMES.get(tensors["model.norm.weight"].dtype)

@@ -43,6 +43,7 @@ def test_folders_and_options_in_any_order(command_line: ModuleType) -> None:
     assert folders == [Path("in"), Path("out")]
     assert options == Options(pp=3, quick=True, beside=Path("x/y"), name="a=b")
     assert command_line.parse(["in"], ("IN",), Options) == ([Path("in")], Options())
+    assert command_line.parse(["./pp=3"], ("IN",), Options) == ([Path("pp=3")], Options())
 
 
 @pytest.mark.parametrize(

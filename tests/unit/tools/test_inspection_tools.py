@@ -92,10 +92,25 @@ def test_torch_dist_and_back(tool: Tool, tmp_path: Path) -> None:
     assert tool("inspect_checkpoint", theirs, f"compare={back}", "list=false")[0] == 0
     status, _, err = tool("torch_dist", "export", source, theirs)
     assert (status, "is there already" in err) == (1, True)
+    assert (
+        tool("torch_dist", "import", write_hf(tmp_path / "h", V3, weights), tmp_path / "o")[0] == 0
+    )
     (theirs / "hf/config.json").unlink()
     status, _, err = tool("torch_dist", "import", theirs, tmp_path / "again")
     assert (status, "has no config.json to say what network" in err) == (1, True)
     assert tool("torch_dist", "import", theirs, tmp_path / "again", f"hf={source / 'hf'}")[0] == 0
+
+
+def test_what_is_not_there_is_said_first(tool: Tool, tmp_path: Path) -> None:
+    weights = random_weights(TIED)
+    folder = write_checkpoint(tmp_path / "checkpoints/step_000007", TIED, weights, Layout(world=1))
+    status, out, err = tool("inspect_checkpoint", folder, "compare=/nowhere")
+    assert (status, out, "/nowhere: No such file" in err) == (1, "", True)
+    status, _, err = tool("inspect_checkpoint", folder, "match=*nrm*")
+    assert (status, "no tensor has a name like *nrm*" in err) == (1, True)
+    for above in (folder.parent, tmp_path):
+        status, _, err = tool("inspect_checkpoint", above)
+        assert (status, f"{above} holds checkpoints: name one, as {folder}" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +120,8 @@ def test_torch_dist_and_back(tool: Tool, tmp_path: Path) -> None:
         (("inspect_checkpoint", "a", "b"), "expected DIR, got a b"),
         (("inspect_checkpoint", "a", "lst=false"), "unknown key 'lst': did you mean list?"),
         (("torch_dist", "move", "a", "b"), "expected import or export, got move"),
-        (("torch_dist", "import", "a", "b", "spec=nemo"), "spec must be one of te, local"),
+        (("torch_dist", "export", "a", "b", "spec=nemo"), "spec must be one of te, local"),
+        (("torch_dist", "export", "a", "b", "tp=2"), "unknown key 'tp': there are spec"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], words: str, tool: Tool) -> None:

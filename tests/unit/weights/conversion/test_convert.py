@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from r1mega.config.schema import Model
-from r1mega.model.hf_config import hf_config
+from r1mega.model.hf_config import FP8_QUANTIZATION, hf_config
 from r1mega.weights import fp8
 from r1mega.weights.blocks import scale_name, scale_shape
 from r1mega.weights.checkpoints.checkpoint import read_state
@@ -200,6 +200,24 @@ def test_fp8_through_bf16_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_same(found, weights)
     quantization = json.loads((again / "config.json").read_text())["quantization_config"]
     assert (quantization["quant_method"], quantization["weight_block_size"]) == ("fp8", [128, 128])
+
+
+def test_fp8_is_described_as_it_is_made(tmp_path: Path) -> None:
+    """Whatever the weights were before."""
+    folder = write_hf(tmp_path / "hf", V3, with_mtp(V3))
+    other = {"quantization_config": {"quant_method": "awq", "weight_block_size": [64, 64]}}
+    (folder / "config.json").write_text(json.dumps(hf_config(V3) | other))
+    made = json.loads((export(folder, tmp_path / "a", "fp8") / "config.json").read_text())
+    assert made["quantization_config"] == FP8_QUANTIZATION
+
+
+def test_hidden_files_stay_behind(tmp_path: Path) -> None:
+    """.metadata would make a folder torch_dist's."""
+    folder = write_hf(tmp_path / "hf", LLAMA, random_weights(LLAMA))
+    (folder / ".metadata").write_text("")
+    assert list((convert(folder, tmp_path / "a") / "hf").iterdir()) == [
+        tmp_path / "a/hf/config.json"
+    ]
 
 
 def test_exactly_what_published_checkpoints_quantize(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def nothing_to_do(config: Config, directory: RunDirectory) -> str | None:
 
     Only manifests and states are read here; the ranks check all bytes before they continue.
     """
-    folder, _ = checkpoint.newest(directory.checkpoints, checkpoint.verify_state)
+    folder, _ = checkpoint.newest(checkpoint.saved(directory.checkpoints), checkpoint.verify_state)
     if not config.run.resume:
         if folder is not None or directory.metrics.exists():
             raise JobFailed(
@@ -46,7 +46,7 @@ def nothing_to_do(config: Config, directory: RunDirectory) -> str | None:
 
 def notices(config: Config, directory: RunDirectory) -> list[str]:
     """What a person who launches this run again should know: settings that are others now."""
-    starts_over = directory.metrics.exists() and not any(directory.checkpoints.glob("step_*"))
+    starts_over = directory.metrics.exists() and not checkpoint.saved(directory.checkpoints)
     found = [f"{directory.path} has no checkpoint: starting over at step 0"] if starts_over else []
     if not directory.config_path.exists():
         return found

@@ -17,7 +17,7 @@ from r1mega.learner.optimizer import load_optimizer_state, optimizer_state
 from r1mega.learner.schedule import learning_rate
 from r1mega.model.hf_config import generation_config, hf_config
 from r1mega.parallel.backend import Backend
-from r1mega.parallel.collectives import gather_records, job_store
+from r1mega.parallel.collectives import broadcast_record, gather_records, job_store
 from r1mega.parallel.groups import Groups, open_groups
 from r1mega.parallel.layout import Layout
 from r1mega.run.directory import RunDirectory
@@ -115,7 +115,8 @@ class Worker:
     def _newest(self) -> Path | None:
         checkpoints = self.directory.checkpoints
         folder, skipped = checkpoint.newest(
-            checkpoints, lambda folder: verify_together(folder, self.groups, self.backend)
+            saved_together(checkpoints, self.groups, self.backend),
+            lambda folder: verify_together(folder, self.groups, self.backend),
         )
         if folder is None and skipped:
             reasons = "; ".join(skipped)
@@ -158,7 +159,7 @@ def open_worker(config: Config, backend: Backend) -> Worker:
     )
     directory = RunDirectory.create(config.run.root, config.name)
     init, checkpoints = Path(config.model.init), directory.checkpoints
-    goes_on = config.run.resume and any(checkpoints.glob("step_*"))
+    goes_on = config.run.resume and saved_together(checkpoints, groups, backend)
     if (init / MANIFEST).exists() and not goes_on:
         verify_together(init, groups, backend)
     learner = open_policy(config, groups, backend)
@@ -192,6 +193,16 @@ def open_policy(config: Config, groups: Groups, backend: Backend) -> Learner:
         seed=config.seed,
         mtp=mtp_mode(config.learner, config.stage),
     )
+
+
+def saved_together(checkpoints: Path, groups: Groups, backend: Backend) -> list[Path]:
+    """``checkpoint.saved`` as rank 0 sees it: a network file system may show others the folder as
+    it was some seconds ago, and ranks would go on from different checkpoints."""
+    names = [folder.name for folder in checkpoint.saved(checkpoints)] if groups.rank == 0 else None
+    told: list[str] = broadcast_record(
+        names, list[str], source=0, group=groups.world, device=backend.device
+    )
+    return [checkpoints / name for name in told]
 
 
 def verify_together(folder: Path, groups: Groups, backend: Backend) -> None:

@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(finished: Path, tmp_pat
     data = bytearray(shard.read_bytes())
     data[-7] ^= 1  # one flipped bit in the last tensor
     shard.write_bytes(data)
-    folder, skipped = checkpoint.newest(copy)
+    folder, skipped = checkpoint.newest(checkpoint.saved(copy))
     assert folder == copy / "step_000002"
     assert len(skipped) == 1
     assert "weights-00000.safetensors is damaged" in skipped[0]
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(finished: Path, tmp_pat
 
 def test_what_a_kill_leaves_behind_is_not_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "checkpoints/step_000002", tmp_path / ".step_000002.partial")
-    assert checkpoint.newest(tmp_path) == (None, [])
+    assert checkpoint.newest(checkpoint.saved(tmp_path)) == (None, [])
 
 
 def test_resume_refuses_another_network(finished: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ No pickle. Weights are found under Hugging Face names, so that they load under a
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,18 @@ def shard(kind: str, rank: int) -> str:
     return f"{kind}-{rank:05d}.safetensors"
 
 
+def saved(checkpoints: Path) -> list[Path]:
+    """What has a checkpoint's name, oldest first; step_000040.bak, somebody's copy, has not."""
+    folders = [path for path in checkpoints.glob("step_*") if _step(path).isdecimal()]
+    return sorted(folders, key=lambda folder: int(_step(folder)))
+
+
 def newest(
-    checkpoints: Path, verified: Callable[[Path], None] = verify
+    folders: Sequence[Path], verified: Callable[[Path], None] = verify
 ) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is ``verified``, and why any newer one was skipped."""
+    """The last of ``saved`` folders that is ``verified``, and why any later one was skipped."""
     skipped: list[str] = []
-    for folder in _folders(checkpoints)[::-1]:
+    for folder in folders[::-1]:
         try:
             verified(folder)
         except CheckpointError as error:
@@ -160,14 +166,14 @@ def prune(newest: Path, keep_last: int) -> None:
 
     A later one can only be one that did not verify: it must not crowd out those that do.
     """
-    up_to_newest = [folder for folder in _folders(newest.parent) if folder.name <= newest.name]
+    folders = saved(newest.parent)
+    up_to_newest = folders[: folders.index(newest) + 1]
     for folder in up_to_newest[:-keep_last]:
         remove(folder)
 
 
-def _folders(checkpoints: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(checkpoints.glob("step_*"))
+def _step(folder: Path) -> str:
+    return folder.name.removeprefix("step_")
 
 
 def _network(model: schema.Model) -> dict[str, Any]:

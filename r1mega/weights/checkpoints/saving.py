@@ -111,7 +111,8 @@ class Saver:
         linked = self._prepare(folder, parts, reference)
         if linked is not None:
             del parts[_REFERENCE_WEIGHTS]
-        self._writing = writing = _Writing(
+            self._buffers.pop(_REFERENCE_WEIGHTS, None)
+        writing = _Writing(
             folder=folder,
             progress=progress,
             reference=reference,
@@ -123,6 +124,7 @@ class Saver:
             torch.cuda.synchronize(self._device)
         logger.info("copied for %s in %.3f s", folder, time.perf_counter() - started)
         _start(lambda: self._write(writing), writing.done)
+        self._writing = writing  # only now is there something that ``wind_down`` can wait for
 
     def finish(self) -> None:
         """Return when nothing is on its way any more; raises CheckpointError if it failed."""
@@ -133,6 +135,8 @@ class Saver:
         self._writing = None
         # No rank goes on, and perhaps takes the store along, before all know.
         gather_records("", str, group=self._groups.world, device=self._device)
+        if self._groups.rank == 0:
+            self._store.delete_key(f"{writing.key}/outcome")
         if outcome:
             raise CheckpointError(outcome.decode())
         if writing.reference is not None:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from r1mega.parallel.layout import Layout
 from r1mega.system.termination import before_sigterm
-from r1mega.weights.checkpoints.checkpoint import newest, read_state
+from r1mega.weights.checkpoints.checkpoint import newest, prune, read_state, saved
 from r1mega.weights.checkpoints.manifest import (
     CheckpointError,
     commit,
@@ -149,7 +150,7 @@ def test_too_little_room_is_said_before_writing(
     monkeypatch.undo()
     saver.save(at(2), contents(2))
     saver.finish()
-    assert newest(tmp_path) == (tmp_path / "step_000002", [])
+    assert newest(saved(tmp_path)) == (tmp_path / "step_000002", [])
 
 
 def test_a_full_disk_is_said_by_the_next_save(tmp_path: Path) -> None:
@@ -179,10 +180,37 @@ def test_a_full_disk_is_said_by_the_next_save(tmp_path: Path) -> None:
     verify(checkpoints / "step_000001")
 
 
+def test_nobody_waits_for_a_save_that_did_not_start(
+    tmp_path: Path, store: dist.Store, weights: LocalWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    saver = open_saver(tmp_path, weights, store)
+    monkeypatch.setattr(Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        saver.save(at(1), contents(1))
+    saver.wind_down()
+    monkeypatch.undo()
+    saver.save(at(1), contents(1))
+    saver.finish()
+    assert newest(saved(tmp_path)) == (tmp_path / "step_000001", [])
+
+
+def test_copies_and_long_numbers_do_not_confuse_the_order(tmp_path: Path) -> None:
+    names = ["step_000040", "step_999999", "step_1000000"]
+    for name in [*names, "step_000040.bak", "step_", "step_1000000 (copy)"]:
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in saved(tmp_path)] == names
+    prune(tmp_path / "step_1000000", keep_last=1)
+    kept = sorted(folder.name for folder in tmp_path.iterdir())
+    assert kept == ["step_", "step_000040.bak", "step_1000000", "step_1000000 (copy)"]
+
+
 def save_for_ever(checkpoints: Path, meeting: Path, done: Path) -> None:
     """From behind the newest on; ``done`` names the last that was said to be finished."""
     saver = open_saver(checkpoints, local_weights(Layout(world=1), 0), join(0, 1, meeting))
-    found, _ = newest(checkpoints)
+    found, _ = newest(saved(checkpoints))
     step = 0 if found is None else read_state(found).progress.step
     while True:
         step += 1
@@ -202,7 +230,7 @@ def kill_while_saving(root: Path, kills: int, rng: random.Random) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         last = int(done.read_text() or 0) if done.exists() else 0
-        found, skipped = newest(checkpoints)
+        found, skipped = newest(saved(checkpoints))
         assert skipped == [], f"kill {number} after {time.monotonic() - started:.3f} s"
         assert (0 if found is None else read_state(found).progress.step) >= last
         for folder in checkpoints.glob("step_*"):
@@ -245,7 +273,7 @@ def test_sigterm_waits_for_the_save(tmp_path: Path) -> None:
     wait_for((tmp_path / "saving").exists)
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
-    assert newest(checkpoints) == (checkpoints / "step_000001", [])
+    assert newest(saved(checkpoints)) == (checkpoints / "step_000001", [])
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from r1mega.weights.conversion.hf_folder import (
     read_companions,
     shard_index,
 )
+from r1mega.weights.conversion.journal import Journal
 from r1mega.weights.conversion.placing import cut_by_size, cut_for_ranks, shapes_of
 from r1mega.weights.holders import ranks_for
 from r1mega.weights.inventory import Inventory, take_inventory
@@ -119,8 +120,8 @@ def write_checkpoint(
     made = recipes(_in_order(source, inventory), "keep", weights=(), fp8_weights=())
     targets = cut_for_ranks(shapes_of(made), inventory.holders(model, layout))
     out = out.resolve()  # a link is written through, not replaced
-    with _made(out, source.folder) as partial:
-        copied = copy(source, made, targets, partial, listener)
+    with _made(out, source.folder) as (partial, journal):
+        copied = copy(source, made, targets, partial, journal, listener)
         state = State(
             progress=Progress(step=0, data_position=0),
             layout=layout,
@@ -133,7 +134,6 @@ def write_checkpoint(
         texts[STATE] = state.text().encode()
         _write_texts(partial, texts)
         files = copied.files | {name: record_bytes(content) for name, content in texts.items()}
-        (partial / JOURNAL).unlink()
         commit(partial, out, files)
 
 
@@ -159,13 +159,12 @@ def write_hf(
     )
     targets = cut_by_size(shapes_of(made), shard_bytes)
     out = out.resolve()  # a link is written through, not replaced
-    with _made(out, source.folder) as partial:
-        copied = copy(source, made, targets, partial, listener)
+    with _made(out, source.folder) as (partial, journal):
+        copied = copy(source, made, targets, partial, journal, listener)
         texts = dict(companions)
         texts[CONFIG] = matching_config(companions[CONFIG], copied.tensors)
         texts[HF_INDEX] = shard_index(copied.tensors)
         _write_texts(partial, texts)
-        (partial / JOURNAL).unlink()
         sync_folder(partial)
         partial.rename(out)
         sync_folder(out.parent)
@@ -194,15 +193,19 @@ def _write_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
 
 
 @contextmanager
-def _made(out: Path, source: Path) -> Iterator[Path]:
-    """Where ``out`` is made. What fails leaves that for the next run, and no ``out``."""
+def _made(out: Path, source: Path) -> Iterator[tuple[Path, Journal]]:
+    """Where ``out`` is made, ours alone until it has its name. What fails leaves that for the next
+    run, and no ``out``."""
     if out.is_relative_to(source.resolve()):
         raise ValueError(f"{out} is inside {source}, which is only read: name a folder elsewhere")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: name another folder or remove it")
     partial = partial_folder(out)
     try:
-        yield partial
+        partial.mkdir(parents=True, exist_ok=True)
+        with Journal(partial / JOURNAL) as journal:
+            yield partial, journal
+            (out / JOURNAL).unlink()
     except OSError as error:
         raise ValueError(
             f"{out} was not finished: {error}; the same command goes on from {partial}"

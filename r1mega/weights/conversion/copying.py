@@ -34,7 +34,7 @@ from r1mega.weights.tensor_file import (
     plan,
 )
 
-JOURNAL = "journal"
+JOURNAL = ".journal"
 _THREADS = 4  # more than cores: some of them wait for the disk
 _Task = TypeVar("_Task")
 _Table = dict[str, tuple[str, tuple[int, ...]]]  # of a file: dtype and shape by key
@@ -54,16 +54,17 @@ def copy(
     recipes: Sequence[Recipe],
     targets: Mapping[str, StoredTensor],
     folder: Path,
+    journal: Journal,
     listener: Listener,
 ) -> Copied:
     """Write everything that ``recipes`` make of ``source`` to its place in ``folder``.
 
-    Raises ValueError when the source is damaged or the disk too small, OSError when the disk fills
-    up or a file cannot be read; what is done by then is kept for the next call.
+    ``journal`` is the file JOURNAL of ``folder``. Raises ValueError when the source is damaged or
+    the disk too small, OSError when the disk fills up or a file cannot be read; what is done by
+    then is kept for the next call.
     """
     tables = _tables(targets)
-    folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / JOURNAL) as journal, ExitStack() as stack:
+    with ExitStack() as stack:
         _prepare(folder, tables, journal, _fingerprint(source, targets), listener)
         files = {n: stack.enter_context(TensorFile.open(folder / n, writable=True)) for n in tables}
         made: dict[str, _Digests] = journal.done

@@ -6,7 +6,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1mega.model.hf_config import hf_config
+from r1mega.weights.checkpoints.manifest import FileRecord, commit, verify
 from r1mega.weights.conversion.convert import hf_to_megatron, megatron_to_hf
 from r1mega.weights.conversion.copying import JOURNAL
 from r1mega.weights.conversion.journal import Journal
@@ -293,6 +294,26 @@ def test_two_at_a_time_are_refused(hf: Path) -> None:
         pytest.raises(ValueError, match=r"another process is at work in .*\.out\.partial"),
     ):
         convert(hf, hf.parent / "out")
+
+
+def test_a_second_one_is_refused_until_the_first_has_its_name(
+    hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights are there by then; one for another layout would wipe them from under it."""
+    out, refused = hf.parent / "out", []
+
+    def interfere(partial: Path, folder: Path, files: Mapping[str, FileRecord]) -> None:
+        for when in (lambda: None, lambda: commit(partial, folder, files)):
+            when()
+            with pytest.raises(ValueError, match=r"another process|is there and not") as error:
+                convert(hf, out, tp=4)
+            refused.append(str(error.value))
+
+    monkeypatch.setattr("r1mega.weights.conversion.convert.commit", interfere)
+    convert(hf, out, tp=2)
+    assert len(refused) == 2
+    assert {path.name for path in hf.parent.iterdir()} == {"hf", "out"}
+    verify(out)
 
 
 def test_what_is_read_back_wrong_is_not_committed(hf: Path) -> None:

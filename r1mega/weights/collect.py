@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1mega.weights.local import LocalWeights, wire_dtype
-from r1mega.weights.regions import Region, extent
+from r1mega.weights.regions import Region, extent, indices
 
 _ON_THE_WAY_BYTES = 256 << 20
 
@@ -33,7 +33,7 @@ class _Transit:
             work.wait()
         if (whole := self.whole) is not None:
             for region, block in self.blocks:
-                whole[_indices(region)] = block
+                whole[indices(region)] = block
         return self.name, self.whole
 
 
@@ -90,7 +90,7 @@ def _receive(
 ) -> _Transit:
     transit = _Transit(name, whole, whole.nbytes, blocks=list(mine.items()))
     for region, owner in others:
-        place = whole[_indices(region)]
+        place = whole[indices(region)]
         if not place.is_contiguous():
             place = whole.new_empty(extent(region))
             transit.blocks.append((region, place))
@@ -102,7 +102,3 @@ def _work(posted: "dist.Work | None") -> "dist.Work":
     if posted is None:
         raise RuntimeError("this rank is not part of the learner's process group")
     return posted
-
-
-def _indices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)

@@ -32,9 +32,9 @@ from r1mega.weights.checkpoints.manifest import (
 from r1mega.weights.inventory import take_inventory
 from r1mega.weights.readers import Reader, is_torch_dist
 from r1mega.weights.regions import extent
-from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader, StoredTensor
+from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader
 from r1mega.weights.streams import Band, stored_bands
-from r1mega.weights.tensor_file import DTYPES, TensorFileError
+from r1mega.weights.tensor_file import DTYPES, TensorFileError, num_bytes
 
 THREADS = 4  # more than cores: some of them wait for the disk
 _NORM_ELEMENTS = 1 << 18  # as float64 they stay in the processor's cache
@@ -135,8 +135,8 @@ def summarize(reader: Reader, network: schema.Model) -> Summary:
         format=format_,
         architecture=network.architecture,
         num_tensors=len(stored),
-        num_parameters=sum(_numel(t) for name, t in stored.items() if not weight_name(name)),
-        tensor_bytes=sum(_numel(t) * DTYPES[t.dtype].itemsize for t in stored.values()),
+        num_parameters=sum(prod(t.shape) for name, t in stored.items() if not weight_name(name)),
+        tensor_bytes=sum(num_bytes(t.dtype, t.shape) for t in stored.values()),
         file_bytes=sum(path.stat().st_size for path in files),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
         has_mtp=inventory.mtp,
@@ -187,10 +187,6 @@ def _facts(reader: Reader, progress: Progress, name: str) -> TensorFacts:
         progress(band.values.nbytes)
     stored = reader.tensors[name]
     return TensorFacts(name, stored.shape, stored.dtype, sqrt(squares), num_nan, num_infinite)
-
-
-def _numel(stored: StoredTensor) -> int:
-    return prod(stored.shape)
 
 
 def _check_digests(folder: Path, progress: Progress) -> None:

@@ -14,9 +14,8 @@ from r1mega.weights.blocks import scale_name, scale_shape, weight_name
 from r1mega.weights.fp8 import CODES, SCALES
 from r1mega.weights.holders import Held, holders
 from r1mega.weights.names import Spec, fp8_weights, hf_shapes
-from r1mega.weights.slices import StoredTensor
+from r1mega.weights.slices import WEIGHT_DTYPES, StoredTensor
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMED = 3  # of many names, in one sentence
 
 Shapes = dict[str, tuple[int, ...]]
@@ -102,7 +101,7 @@ def _unlike(
             f"{name} has shape {list(stored.shape)} but the model wants {list(shape)}: it is a "
             "checkpoint of another model"
         )
-    readable = (SCALES,) if weight_name(name) else (CODES,) if is_quantized else _FLOATS
+    readable = (SCALES,) if weight_name(name) else (CODES,) if is_quantized else WEIGHT_DTYPES
     if stored.dtype not in readable:
         yield (
             f"{name} is stored as {stored.dtype}, which is no weight's; readable are "

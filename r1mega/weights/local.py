@@ -13,7 +13,7 @@ from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.holders import Held, holders
 from r1mega.weights.names import ParameterSlice, Spec, is_float32, parameter_slices
-from r1mega.weights.regions import Region
+from r1mega.weights.regions import Region, indices
 from r1mega.weights.slices import SliceReader
 
 ReadRegion = Callable[[str, tuple[int, ...], Region], Tensor]
@@ -36,8 +36,7 @@ class LocalWeights:
         """The live view [blocks, rows of each, ...] of one slice: writing to it writes the
         parameter."""
         view = self.tensors[piece.chunk][piece.megatron_name].detach()
-        target = tuple(slice(start, stop) for start, stop in piece.target)
-        return view.unflatten(0, (piece.blocks, -1))[:, *target]
+        return view.unflatten(0, (piece.blocks, -1))[:, *indices(piece.target)]
 
     def region(self, piece: ParameterSlice) -> Tensor:
         """``hf_name[region]``: a live view of a single block, a copy of several."""
@@ -123,7 +122,7 @@ def random_region(seed: int, std: float) -> ReadRegion:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.empty(shape).normal_(0.0, std, generator=generator)
-        return whole[tuple(slice(start, stop) for start, stop in region)]
+        return whole[indices(region)]
 
     return read
 

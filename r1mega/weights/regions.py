@@ -38,9 +38,22 @@ def within(region: Region, outer: Region) -> Region:
     )
 
 
-def indices(region: Region, outer: Region) -> tuple[slice, ...]:
-    """Index of ``region`` inside the block that holds ``outer``."""
-    return tuple(slice(*span) for span in within(region, outer))
+def moved(region: Region, origin: Region, target: Region) -> Region:
+    """``region`` of the box ``origin``, where that box is ``target``.
+
+    One of the two may have further leading dimensions, of size one.
+    """
+    extra = len(target) - len(origin)
+    inner = within(region, origin)[max(0, -extra) :]
+    return target[: max(0, extra)] + tuple(
+        (first + start, first + stop)
+        for (start, stop), (first, _) in zip(inner, target[max(0, extra) :], strict=True)
+    )
+
+
+def indices(region: Region, outer: Region | None = None) -> tuple[slice, ...]:
+    """Index of ``region`` inside the block that holds ``outer``, or else the whole tensor."""
+    return tuple(slice(*span) for span in (within(region, outer) if outer else region))
 
 
 def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | None:
@@ -49,8 +62,7 @@ def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | 
     Inside, disjoint and of the tensor's volume is enough. Takes n log n for rectangles that are cut
     along the first dimension, n^2 at worst.
     """
-    total: int = prod(shape)
-    volume = 0
+    total, covered = prod(shape), 0
     open_: list[Region] = []  # those that may reach beyond the start of the next
     for region in sorted(regions):
         if len(region) != len(shape) or any(
@@ -58,23 +70,18 @@ def partition_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | 
             for (start, stop), size in zip(region, shape, strict=True)
         ):
             return f"the piece {_words(region)} lies outside its shape {list(shape)}"
-        size = prod(stop - start for start, stop in region)
-        if size == 0 and total:
+        if is_empty(region) and total:
             return f"the piece {_words(region)} is empty"
         open_ = [other for other in open_ if other and other[0][1] > region[0][0]]
-        if clash := next((other for other in open_ if _overlap(other, region)), None):
+        if clash := next((other for other in open_ if intersect(other, region)), None):
             return f"its pieces {_words(clash)} and {_words(region)} overlap"
-        if not region and volume:
+        if not region and covered:
             return "it is there twice"
         open_.append(region)
-        volume += size
-    if volume != total:
-        return f"its pieces hold {volume} of its {total} elements"
+        covered += volume(region)
+    if covered != total:
+        return f"its pieces hold {covered} of its {total} elements"
     return None
-
-
-def _overlap(a: Region, b: Region) -> bool:
-    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
 
 
 def _words(region: Region) -> str:

@@ -35,7 +35,7 @@ FORMAT = "r1mega-checkpoint-2"
 CHECKPOINT_INDEX = "index.json"
 HF_INDEX = "model.safetensors.index.json"
 HF_SINGLE = "model.safetensors"
-_READ = ("F64", "F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # of those that are not quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class SliceReader:
             )
         if stored.dtype == fp8.CODES and len(shape) == 2:
             self._check_scales(name, stored)
-        elif stored.dtype not in _READ:
+        elif stored.dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{self.folder}: {name} is stored as {stored.dtype}, which is no weight's; "
-                f"readable are {', '.join(_READ)} and {fp8.CODES} with its scales"
+                f"readable are {', '.join(WEIGHT_DTYPES)} and {fp8.CODES} with its scales"
             )
         return stored
 

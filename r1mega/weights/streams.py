@@ -17,6 +17,7 @@ from torch import Tensor
 
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, scale_name, scale_region, scale_shape, weight_name
+from r1mega.weights.names import is_float32
 from r1mega.weights.readers import Reader
 from r1mega.weights.regions import Region, indices, intersect, whole, within
 from r1mega.weights.slices import Piece, StoredTensor
@@ -107,7 +108,7 @@ def recipes(
 
 def published_dtype(name: str) -> str:
     """Of a weight that is not quantized, in DeepSeek-V3's and other published checkpoints."""
-    return "F32" if name.endswith("e_score_correction_bias") else "BF16"
+    return "F32" if is_float32(name) else "BF16"
 
 
 def stored_bands(source: Reader, name: str, *, multiple: int = 1) -> Iterator[Band]:

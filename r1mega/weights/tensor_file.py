@@ -158,7 +158,7 @@ def plan(
     spans: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for key, (dtype, shape) in tensors.items():
-        size = prod(shape) * DTYPES[dtype].itemsize
+        size = num_bytes(dtype, shape)
         spans[key] = {
             "dtype": dtype,
             "shape": list(shape),

@@ -13,7 +13,7 @@ from math import prod
 from r1mega.config import schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
-from r1mega.weights.regions import Region, intersect, whole, within
+from r1mega.weights.regions import Region, extent, intersect, moved, volume, whole, within
 from r1mega.weights.tensor_file import runs
 
 Parameter = tuple[int, str]  # virtual chunk and Megatron name, on some rank
@@ -82,19 +82,19 @@ def sources(
     """Where the elements ``span`` of flat ``tensor`` are; targets count from the span's start."""
     target = 0
     for rectangle in rectangles(tensor.shape, *span):
-        extent = tuple(stop - start for start, stop in rectangle)
+        shape = tuple(extent(rectangle))
         for box in tensor.boxes:
             if (wanted := intersect(rectangle, box.local)) is None:
                 continue
-            hf = _moved(wanted, box.local, box.hf)
+            hf = moved(wanted, box.local, box.hf)
             for place in known[box.hf_name]:
                 if (shared := intersect(hf, place.box.hf)) is None:
                     continue
-                there = _moved(shared, place.box.hf, place.box.local)
-                here = within(_moved(shared, box.hf, box.local), rectangle)
-                for start, offset, length in _paired(runs(place.shape, there), runs(extent, here)):
+                there = moved(shared, place.box.hf, place.box.local)
+                here = within(moved(shared, box.hf, box.local), rectangle)
+                for start, offset, length in _paired(runs(place.shape, there), runs(shape, here)):
                     yield place, Run(start, target + offset, length)
-        target += prod(extent)
+        target += volume(rectangle)
 
 
 def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
@@ -136,14 +136,6 @@ def _tensor(pieces: list[ParameterSlice]) -> Tensor:
             local = (top + index * block[0], bottom + index * block[0])
             boxes.append(Box(piece.hf_name, (hf, *columns), (local, *inner)))
     return Tensor((blocks * block[0], *block[1:]), tuple(boxes))
-
-
-def _moved(region: Region, origin: Region, target: Region) -> Region:
-    """``region`` of the box ``origin``, where that box is ``target``."""
-    return tuple(
-        (start - a + b, stop - a + b)
-        for (start, stop), (a, _), (b, _) in zip(region, origin, target, strict=True)
-    )
 
 
 def _paired(

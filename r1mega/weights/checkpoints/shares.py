@@ -5,14 +5,13 @@ Every distinct rectangle is stored once; where several ranks hold it, they share
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from r1mega.weights.checkpoints.checkpoint import shard
 from r1mega.weights.checkpoints.host_file import Part
 from r1mega.weights.holders import balanced_owners
 from r1mega.weights.local import LocalWeights, wire_dtype
 from r1mega.weights.names import ParameterSlice
-from r1mega.weights.regions import Region, extent
+from r1mega.weights.regions import Region, extent, volume
 from r1mega.weights.slices import Piece, StoredTensor, checkpoint_index
 from r1mega.weights.tensor_file import DTYPE_NAMES
 
@@ -40,7 +39,7 @@ class Shares:
         dtypes = {name: wire_dtype(name, weights) for name in weights.holders}
 
         def num_bytes(name: str, region: Region) -> int:
-            return prod(extent(region)) * dtypes[name].itemsize
+            return volume(region) * dtypes[name].itemsize
 
         owners = balanced_owners(weights.holders, num_bytes)
         every = [

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from r1mega.weights.checkpoints.checkpoint import shard
 from r1mega.weights.holders import Held, balanced_owners
-from r1mega.weights.regions import Region, whole
+from r1mega.weights.regions import Region, extent, whole
 from r1mega.weights.slices import Piece, StoredTensor
 from r1mega.weights.streams import Recipe
 from r1mega.weights.tensor_file import num_bytes
@@ -21,7 +21,7 @@ def cut_for_ranks(shapes: Shapes, held: Mapping[str, Held]) -> dict[str, StoredT
     """Every part in the file of one of its holders, evenly; what nobody holds with rank 0."""
 
     def bytes_of_part(name: str, region: Region) -> int:
-        return num_bytes(shapes[name][0], [stop - start for start, stop in region])
+        return num_bytes(shapes[name][0], extent(region))
 
     owners = balanced_owners(held, bytes_of_part)
     targets = {}

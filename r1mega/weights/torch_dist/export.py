@@ -39,7 +39,7 @@ from r1mega.weights import fp8
 from r1mega.weights.checkpoints.checkpoint import COMPANIONS
 from r1mega.weights.checkpoints.manifest import partial_folder
 from r1mega.weights.readers import Reader
-from r1mega.weights.regions import Region, extent, indices, intersect, within
+from r1mega.weights.regions import Region, extent, indices, intersect, moved, volume
 from r1mega.weights.tensor_file import DTYPES
 from r1mega.weights.torch_dist.reader import (
     Home,
@@ -47,7 +47,6 @@ from r1mega.weights.torch_dist.reader import (
     Part,
     leading_sizes,
     megatron_tensors,
-    moved,
     stacked_home,
 )
 
@@ -176,7 +175,7 @@ class _Planner(DefaultSavePlanner):
     @property
     def num_bytes(self) -> int:
         """Of all that is to be written."""
-        return sum(prod(extent(c.region)) * c.dtype.itemsize for c in self._chunks.values())
+        return sum(volume(c.region) * c.dtype.itemsize for c in self._chunks.values())
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(self._items)
@@ -195,9 +194,7 @@ class _Planner(DefaultSavePlanner):
         return values
 
     def _read(self, part: Part, overlap: Region) -> Tensor:
-        leading = len(overlap) - len(part.hf_region)
-        inner = within(overlap, part.region)[leading:]
-        region = moved(inner, tuple((0, 0) for _ in inner), part.hf_region)
+        region = moved(overlap, part.region, part.hf_region)
         shape = self._reader.tensors[part.hf_name].shape
         return self._reader.read(part.hf_name, shape, region).view(extent(overlap))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from r1mega.config import network, schema
 from r1mega.parallel.layout import Layout
 from r1mega.weights.names import ParameterSlice, Spec, parameter_slices
-from r1mega.weights.regions import Region, extent, indices, intersect, within
+from r1mega.weights.regions import Region, extent, indices, intersect, moved
 from r1mega.weights.slices import StoredTensor
 from r1mega.weights.tensor_file import DTYPE_NAMES, DTYPES
 from r1mega.weights.torch_dist.files import TorchDistError, TorchDistFolder
@@ -206,13 +206,3 @@ def leading_sizes(home: Home, model: schema.Model) -> tuple[int, ...]:
     experts = (model.n_routed_experts,) if ".mlp.experts.experts.linear" in home.key else ()
     layers = (model.num_hidden_layers,) * (len(home.index) - len(experts))
     return layers + experts
-
-
-def moved(region: Region, origin: Region, target: Region) -> Region:
-    """``region`` inside ``origin``, seen in ``target``, which has further leading dimensions."""
-    extra = len(target) - len(origin)
-    inner = within(region, origin)
-    return target[:extra] + tuple(
-        (first + start, first + stop)
-        for (start, stop), (first, _) in zip(inner, target[extra:], strict=True)
-    )

@@ -31,10 +31,10 @@ from r1mega.rollout.probe import Probe
 from r1mega.rollout.proof import Checksums, Proof
 from r1mega.rollout.publish import Publisher
 from r1mega.weights.engine_names import EngineLayout
-from r1mega.weights.holders import holders
 from r1mega.weights.local import LocalWeights
-from r1mega.weights.names import Spec, parameter_slices
+from r1mega.weights.regions import indices
 from tests.distributed.fleets import MODEL, weights
+from tests.distributed.shards import filled_shard
 
 LAYOUT = EngineLayout(fused=False)
 
@@ -158,25 +158,10 @@ def put(engine: EngineHandle, folder: Path, tensors: Mapping[str, Tensor]) -> No
 
 def local_weights(source: Source, layout: Layout, rank: int) -> LocalWeights:
     """What rank ``rank`` of a learner holds, without its network."""
-    slices = parameter_slices(source.model, layout, rank)
-    shapes: dict[str, list[int]] = {}
-    for piece in slices:
-        shape = [stop for _, stop in piece.target]
-        shape[0] *= piece.blocks
-        held = shapes.setdefault(piece.megatron_name, shape)
-        shapes[piece.megatron_name] = [max(a, b) for a, b in zip(held, shape, strict=True)]
-    local = LocalWeights(
-        model=source.model,
-        layout=layout,
-        spec=Spec(),
-        rank=rank,
-        slices=tuple(slices),
-        tensors=({name: torch.empty(shape) for name, shape in shapes.items()},),
-        holders=holders(source.model, layout),
-    )
     tensors = source.tensors
-    local.fill(lambda name, shape, region: tensors[name][tuple(slice(*span) for span in region)])
-    return local
+    return filled_shard(
+        source.model, layout, rank, lambda name, shape, region: tensors[name][indices(region)]
+    )
 
 
 def companions(folder: Path) -> Path:

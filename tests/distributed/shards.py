@@ -12,12 +12,13 @@ from torch import Tensor
 from r1mega.config.schema import Model
 from r1mega.parallel.layout import Layout
 from r1mega.weights.blocks import scale_name, weight_name
+from r1mega.weights.checkpoints.flat_ranges import tensors
 from r1mega.weights.engine_names import EngineLayout, engine_slices
 from r1mega.weights.fp8 import quantize
 from r1mega.weights.holders import holders
-from r1mega.weights.local import LocalWeights
+from r1mega.weights.local import LocalWeights, ReadRegion
 from r1mega.weights.names import Spec, hf_shapes, is_float32, parameter_slices
-from r1mega.weights.regions import Region
+from r1mega.weights.regions import Region, indices
 
 
 def whole(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -29,28 +30,35 @@ def whole(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 def learner_shard(
     model: Model, layout: Layout, rank: int, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> LocalWeights:
-    """What a learner rank holds, without a network around it."""
+    """What a learner rank holds of ``whole`` tensors."""
+    return filled_shard(
+        model, layout, rank, lambda name, shape, at: whole(name, shape, seed)[indices(at)], dtype
+    )
+
+
+def filled_shard(
+    model: Model,
+    layout: Layout,
+    rank: int,
+    read: ReadRegion,
+    dtype: torch.dtype = torch.float32,
+) -> LocalWeights:
+    """What a learner rank holds of what ``read`` gives, without a network around it."""
     slices = tuple(parameter_slices(model, layout, rank))
-    shapes: dict[tuple[int, str], list[int]] = {}
-    for held in slices:
-        (_, rows), *columns = held.target
-        shape = [held.blocks * rows, *(stop for _, stop in columns)]
-        known = shapes.setdefault((held.chunk, held.megatron_name), shape)
-        shapes[held.chunk, held.megatron_name] = list(map(max, known, shape))
-    tensors: list[dict[str, Tensor]] = [{} for _ in range(1 + max(chunk for chunk, _ in shapes))]
-    for (chunk, name), shape in shapes.items():
+    held: list[dict[str, Tensor]] = [{} for _ in range(layout.vpp or 1)]
+    for (chunk, name), tensor in tensors(slices).items():
         kept = torch.float32 if name.endswith("expert_bias") else dtype
-        tensors[chunk][name] = torch.empty(shape, dtype=kept)
+        held[chunk][name] = torch.empty(tensor.shape, dtype=kept)
     weights = LocalWeights(
         model=model,
         layout=layout,
         spec=Spec(),
         rank=rank,
         slices=slices,
-        tensors=tuple(tensors),
+        tensors=tuple(held),
         holders=holders(model, layout),
     )
-    weights.fill(lambda name, shape, region: cut(whole(name, shape, seed), region))
+    weights.fill(read)
     return weights
 
 
@@ -65,20 +73,19 @@ def engine_shard(
     """What an engine rank has to hold, cut from the whole tensors; without a seed, all zero."""
     slices = engine_slices(model, layout, rank)
     names = {held.hf_name for held in slices}
-    tensors: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}
     for held in slices:
         values = _values(held.hf_name, held.hf_shape, names, model, seed or 0, dtype)
-        if held.parameter not in tensors:
+        if held.parameter not in shard:
             extents = [
                 max(s.target[dim][1] for s in slices if s.parameter == held.parameter)
                 for dim in range(len(held.target))
             ]
-            tensors[held.parameter] = torch.zeros(extents, dtype=values.dtype)
+            shard[held.parameter] = torch.zeros(extents, dtype=values.dtype)
         if seed is not None:
-            target = tuple(slice(*span) for span in held.target)
-            place = tensors[held.parameter][target]
+            place = shard[held.parameter][indices(held.target)]
             place.copy_(cut(values, held.region).view(place.shape))
-    return tensors
+    return shard
 
 
 def _values(
@@ -94,4 +101,4 @@ def _values(
 
 
 def cut(values: Tensor, region: Region) -> Tensor:
-    return values[tuple(slice(start, stop) for start, stop in region)]
+    return values[indices(region)]

@@ -17,31 +17,15 @@ import torch.distributed as dist
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.weights.checkpoints.checkpoint import Progress
-from r1mega.weights.checkpoints.flat_ranges import tensors
 from r1mega.weights.checkpoints.saving import Contents, Saver
-from r1mega.weights.holders import holders
 from r1mega.weights.local import LocalWeights, random_region
-from r1mega.weights.names import Spec, parameter_slices
+from tests.distributed.shards import filled_shard
 from tests.distributed.tiny import MODEL
 
 
 def local_weights(layout: Layout, rank: int) -> LocalWeights:
     """Filled with what every rank draws alike."""
-    slices = parameter_slices(MODEL, layout, rank)
-    held: dict[str, torch.Tensor] = {
-        name: torch.empty(tensor.shape) for (_, name), tensor in tensors(slices).items()
-    }
-    weights = LocalWeights(
-        model=MODEL,
-        layout=layout,
-        spec=Spec(),
-        rank=rank,
-        slices=tuple(slices),
-        tensors=(held,),
-        holders=holders(MODEL, layout),
-    )
-    weights.fill(random_region(1, 0.1))
-    return weights
+    return filled_shard(MODEL, layout, rank, random_region(1, 0.1))
 
 
 def open_saver(

@@ -85,3 +85,9 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: {error.strerror}; name a folder that holds weights") from error
     if empty:
         raise ValueError(f"{folder} is empty: name a folder that holds weights")
+
+
+def check_outside(out: Path, source: Path) -> None:
+    """Raises ValueError when ``out`` would lie in ``source``, and perish with it."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} is inside {source}, which is only read: name a folder elsewhere")

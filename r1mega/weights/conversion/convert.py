@@ -14,7 +14,7 @@ from r1mega import __version__
 from r1mega.config import network_checks, schema
 from r1mega.config.derived import even_stages
 from r1mega.parallel.layout import Layout
-from r1mega.system.files import sync_folder, write_atomically
+from r1mega.system.files import sync_folder, write_files
 from r1mega.weights.checkpoints.checkpoint import COMPANIONS, STATE, Progress, State
 from r1mega.weights.checkpoints.manifest import (
     commit,
@@ -36,7 +36,7 @@ from r1mega.weights.holders import ranks_for
 from r1mega.weights.inventory import Inventory, take_inventory
 from r1mega.weights.names import Spec, fp8_weights
 from r1mega.weights.progress import Listener
-from r1mega.weights.readers import Reader, read_network
+from r1mega.weights.readers import Reader, check_outside, read_network
 from r1mega.weights.slices import (
     CHECKPOINT_INDEX,
     HF_INDEX,
@@ -132,7 +132,7 @@ def write_checkpoint(
         texts = {f"{COMPANIONS}/{name}": content for name, content in companions.items()}
         texts[CHECKPOINT_INDEX] = checkpoint_index(copied.tensors).encode()
         texts[STATE] = state.text().encode()
-        _write_texts(partial, texts)
+        write_files(partial, texts)
         files = copied.files | {name: record_bytes(content) for name, content in texts.items()}
         commit(partial, out, files)
 
@@ -164,7 +164,7 @@ def write_hf(
         texts = dict(companions)
         texts[CONFIG] = matching_config(companions[CONFIG], copied.tensors)
         texts[HF_INDEX] = shard_index(copied.tensors)
-        _write_texts(partial, texts)
+        write_files(partial, texts)
         sync_folder(partial)
         partial.rename(out)
         sync_folder(out.parent)
@@ -186,18 +186,11 @@ def _in_order(source: Reader, inventory: Inventory) -> dict[str, StoredTensor]:
     return {name: source.tensors[name] for name in inventory.shapes} | dict(source.tensors)
 
 
-def _write_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
-    for name, content in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_atomically(folder / name, content)
-
-
 @contextmanager
 def _made(out: Path, source: Path) -> Iterator[tuple[Path, Journal]]:
     """Where ``out`` is made, ours alone until it has its name. What fails leaves that for the next
     run, and no ``out``."""
-    if out.is_relative_to(source.resolve()):
-        raise ValueError(f"{out} is inside {source}, which is only read: name a folder elsewhere")
+    check_outside(out, source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: name another folder or remove it")
     partial = partial_folder(out)

@@ -38,7 +38,7 @@ from r1mega.system.files import sync_folder, write_atomically
 from r1mega.weights import fp8
 from r1mega.weights.checkpoints.checkpoint import COMPANIONS
 from r1mega.weights.checkpoints.manifest import partial_folder
-from r1mega.weights.readers import Reader
+from r1mega.weights.readers import Reader, check_outside
 from r1mega.weights.regions import Region, extent, indices, intersect, moved, volume
 from r1mega.weights.tensor_file import DTYPES
 from r1mega.weights.torch_dist.reader import (
@@ -85,6 +85,7 @@ def export(
     config.json. ``progress`` is told of bytes as they are read. Raises ValueError when something
     cannot be read or written; then there is no ``target``.
     """
+    check_outside(target, reader.folder)
     if target.exists():
         raise ValueError(f"{target} is there already: name a new folder, or remove it")
     planner = _Planner(reader, model, fused_norms, progress)

@@ -85,6 +85,8 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     target = exported(source, V3, tmp_path / "there")
     with pytest.raises(ValueError, match="there is there already: name a new folder"):
         exported(source, V3, target)
+    with pytest.raises(ValueError, match=r"inner is inside .*hf, which is only read"):
+        exported(source, V3, source / "inner")
     del weights["model.norm.weight"]
     lacking = write_hf(tmp_path / "lacking", V3, weights)
     with pytest.raises(ValueError, match=r"model\.norm\.weight is missing, but the network has"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r1mega.system.files import write_atomically
+from r1mega.system.files import write_files
 from r1mega.weights.checkpoints.checkpoint import COMPANIONS, REFERENCE, STATE, State
 from r1mega.weights.checkpoints.manifest import (
     CheckpointError,
@@ -68,11 +68,8 @@ def assemble(
         texts[f"{REFERENCE}/{CHECKPOINT_INDEX}"] = index.encode()
     else:
         (partial / REFERENCE).rmdir()
-    for name, content in texts.items():
-        (partial / name).parent.mkdir(exist_ok=True)
-        write_atomically(partial / name, content)
-        files[name] = record_bytes(content)
-    commit(partial, folder, files)
+    write_files(partial, texts)
+    commit(partial, folder, files | {name: record_bytes(text) for name, text in texts.items()})
 
 
 def _link_reference(source: Path, partial: Path) -> dict[str, FileRecord]:

@@ -42,9 +42,9 @@ def _between_keys(config: Config) -> Iterator[str]:
     if samples:
         yield from _lengths(config)
         yield from _evaluation(config.stage, config.data)
+        yield from sync_violations(config)
     if config.stage.kind == "rl":
         yield from _rollout(config.rollout, config.stage)
-        yield from sync_violations(config)
         yield from _rewards(config)
         if config.algorithm.replay_routing:
             yield from _replay_routing(config.model, config.learner)

@@ -1,4 +1,4 @@
-"""Constraints on how weights reach the engines."""
+"""Constraints on how weights reach the engines, and on who else could send them some."""
 
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -7,14 +7,34 @@ from r1mega.config import network
 from r1mega.config.schema import Config, Model
 
 _BLOCK = 128  # of DeepSeek-V3's FP8 weights, both ways
+_KEY_ADVICE = "set the environment variable R1MEGA_API_KEY, which no file or process list shows"
+_LAUNCHERS_FLAGS = {  # of sglang.launch_server, and what to do instead
+    "--host": "set cluster.host",
+    "--port": "every engine gets a free one",
+    "--model-path": "set model.init",
+    "--config": "list its options",
+    "--api-key": _KEY_ADVICE,
+    "--admin-api-key": _KEY_ADVICE,
+    "--custom-weight-loader": "set rollout.sync",
+}
 
 
 def sync_violations(config: Config) -> Iterator[str]:
     """One sentence for each."""
+    if config.rollout.engine == "sglang":
+        yield from _flags(config.rollout.sglang_args)
     if config.rollout.sync == "p2p":
         yield from _p2p(config)
     if config.rollout.quantization == "fp8":
         yield from _fp8(config)
+
+
+def _flags(arguments: list[str]) -> Iterator[str]:
+    """Later ones win: another host, say, would open all routes to it without a key."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    for flag, advice in _LAUNCHERS_FLAGS.items():
+        if flag in given:
+            yield f"rollout.sglang_args has {flag}, which the launcher gives: {advice}"
 
 
 def _p2p(config: Config) -> Iterator[str]:

@@ -285,6 +285,15 @@ SINGLE = {
     "model.n_shared_experts=2": (
         "rollout.quantization=fp8 with rollout.sync=disk: etp=2 cuts moe_intermediate_size = 128"
     ),
+    "rollout.engine=sglang rollout.sglang_args=[--host=0.0.0.0]": (
+        "rollout.sglang_args has --host, which the launcher gives: set cluster.host"
+    ),
+    "rollout.engine=sglang rollout.sglang_args=[--api-key,secret]": (
+        "rollout.sglang_args has --api-key, which the launcher gives: set the environment variable"
+    ),
+    "stage.kind=eval rollout.engine=sglang rollout.sync=p2p cluster.host=8.8.8.8": (
+        "rollout.sync=p2p opens a route of SGLang that reads pickles, and cluster.host=8.8.8.8 is"
+    ),
     "FP8 rollout.sync=p2p": (
         "rollout.sync=p2p writes slices into the embedded engine's float32 weights as they are"
     ),

@@ -55,7 +55,8 @@ class Fleet:
 
     def engines(self) -> list[EngineHandle]:
         """The engines that the launcher says are alive."""
-        return [read_engine(path) for path in sorted(self._folder.glob("engine-*.json"))]
+        found = map(_read_if_alive, sorted(self._folder.glob("engine-*.json")))
+        return [engine for engine in found if engine is not None]
 
     def usable(self) -> list[EngineHandle]:
         """Those that answer /health and are not in quarantine."""
@@ -136,6 +137,14 @@ def write_engine(folder: Path, engine: EngineHandle) -> None:
 
 def read_engine(path: Path) -> EngineHandle:
     return EngineHandle(**json.loads(path.read_text()))
+
+
+def _read_if_alive(path: Path) -> EngineHandle | None:
+    """The launcher takes the file away when the engine ends, also after we have listed it."""
+    try:
+        return read_engine(path)
+    except FileNotFoundError:
+        return None
 
 
 def engine_file(folder: Path, name: str) -> Path:

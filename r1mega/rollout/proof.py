@@ -7,10 +7,11 @@ finds what is no parameter. All ranks of the learner check alike; rank 0 knows t
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from r1mega.rollout import control
 from r1mega.rollout.broadcast import Stream
@@ -75,8 +76,7 @@ class Checksums:
             answer = control.post(url, body, timeout_s=self.timeout_s)
         except CallFailed as error:
             return str(error)
-        held = dict(enumerate(rank["checksums"] for rank in answer["ranks"]))
-        bad = [key for key, value in expected.items() if held.get(key[0], {}).get(key[1]) != value]
+        bad = differing(answer.get("ranks") or [], expected)
         if not bad:
             return None
         rank, name = bad[0]
@@ -108,6 +108,23 @@ class Proof:
             probe_difference=max(differences.values(), default=0.0),
             probe_seconds=time.monotonic() - started,
         )
+
+
+def differing(
+    ranks: Sequence[Mapping[str, Any]], expected: Mapping[tuple[int, str], str]
+) -> list[tuple[int, str]]:
+    """Whose checksum is not the expected one, by rank and name, in an engine's answer.
+
+    With several data-parallel ranks SGLang lists replicas, in any order: all of them have to agree.
+    """
+    held: dict[int, list[Mapping[str, str]]] = defaultdict(list)
+    for rank in ranks:
+        held[rank["parallelism_info"][0]["tp_rank"]].append(rank["checksums"])
+    return [
+        (rank, name)
+        for (rank, name), value in expected.items()
+        if {checksums.get(name) for checksums in held[rank]} != {value}
+    ]
 
 
 def sample(parameters: Sequence[Parameter], version: int) -> list[Parameter]:

@@ -9,7 +9,7 @@ import torch
 from r1mega.config.schema import Model
 from r1mega.rollout.checksum import cpu_checksum
 from r1mega.rollout.predict import Parameter, engine_bytes, engine_parameters, predicted_checksums
-from r1mega.rollout.proof import Checksums, sample
+from r1mega.rollout.proof import Checksums, differing, sample
 from r1mega.weights.engine_names import EngineLayout
 from r1mega.weights.names import fp8_weights, hf_shapes
 
@@ -34,6 +34,18 @@ def test_every_parameter_is_in_some_sample_and_each_sample_is_small() -> None:
     assert 0.1 * total < sum(sizes) / 200 < total / 5
     assert all(chosen)
     assert chosen[0] != chosen[1]
+
+
+def test_every_replica_of_every_rank_has_to_agree() -> None:
+    def answer(rank: int, checksum: str) -> dict[str, object]:
+        return {"checksums": {"a": checksum}, "parallelism_info": [{"tp_rank": rank}]}
+
+    expected = {(0, "a"): "zero", (1, "a"): "one"}
+    good = [answer(1, "one"), answer(0, "zero"), answer(1, "one"), answer(0, "zero")]
+    assert differing(good, expected) == []
+    assert differing([*good, answer(1, "two")], expected) == [(1, "a")]
+    assert differing([answer(0, "zero")], expected) == [(1, "a")]
+    assert differing(good, {(0, "b"): "zero"}) == [(0, "b")]
 
 
 def test_fused_parameters_are_put_together_as_sglang_has_them() -> None:

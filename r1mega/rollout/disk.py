@@ -58,10 +58,15 @@ class Disk:
     def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
         target = self._folder / f"version_{version:06d}"
         partial = self._folder / f".{target.name}.partial"
-        self._together(lambda: self._create(partial))
-        self._weights.settle()
-        self._together(lambda: self._fill(partial))
-        self._together(lambda: self._name(partial, target))
+        try:
+            self._together(lambda: self._create(partial))
+            self._weights.settle()
+            self._together(lambda: self._fill(partial))
+            self._together(lambda: self._name(partial, target))
+        except CarryFailed:  # on all ranks: nobody writes any more
+            if self._team.is_root:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         if not self._team.is_root:
             return Carried()
         self._load(engines, target, version)

@@ -1,5 +1,6 @@
 """An engine that does not hold what was sent is found after the sync, whatever is wrong with it."""
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from r1mega.rollout.router import RouterClient
 from r1mega.rollout.sampler import HttpSampler
 from r1mega.weights import fp8
 from r1mega.weights.names import fp8_weights
+from r1mega.weights.tensor_file import TensorFile
 from tests.distributed.fleets import MODEL, SAMPLING, RunningFleet, requests, running_fleet
 from tests.distributed.publishing import (
     Source,
@@ -188,6 +190,18 @@ def test_disk_that_takes_no_folder_is_a_sentence(client: Fleet, tmp_path: Path) 
     (tmp_path / "versions").write_text("a file in its place")
     with pytest.raises(SyncFailed, match=r"could not be written for the engines: .*versions"):
         publisher(client, carrier).publish(1)
+
+
+def test_disk_leaves_nothing_of_a_version_that_did_not_fit(
+    client: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorFile, "write", fails)
+    with pytest.raises(SyncFailed, match="No space left on device"):
+        publisher(client, disk(Source(), tmp_path)).publish(1)
+    assert list((tmp_path / "versions").iterdir()) == []
 
 
 def disk(source: Source, folder: Path, fp8_names: frozenset[str] = frozenset()) -> Disk:

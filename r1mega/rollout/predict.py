@@ -26,7 +26,7 @@ from r1mega.weights.engine_names import (
     vocabulary_rows,
 )
 from r1mega.weights.names import is_float32
-from r1mega.weights.regions import Region, extent
+from r1mega.weights.regions import Region, extent, indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,9 @@ def predicted_checksums(
                 values[parameter] = torch.zeros(
                     parameter.shape, dtype=parameter.dtype, device=tensor.device
                 )
-            values[parameter][_indices(part.target)] = tensor[_indices(part.region)]
+            values[parameter][indices(part.target)] = tensor[indices(part.region)]
             missing[parameter] -= 1
             if not missing[parameter]:
                 key = parameter.rank, parameter.name
                 found[key] = parameter.checksum(values.pop(parameter))
     return found
-
-
-def _indices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)

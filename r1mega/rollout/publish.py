@@ -1,8 +1,9 @@
 """Give every engine a new version of the weights, and admit only those that prove to hold it.
 
 A carrier (broadcast, p2p, disk) moves the weights; ``proof`` looks at what arrived. From the first
-byte until that proof an engine holds no version, and an engine that failed for a reason of its own
-is in quarantine: the router does not forward to it, so nothing is trained on what it says.
+byte until that proof an engine holds no version, and nobody draws samples. Then the router forwards
+to the engines that passed and to no other, so nothing is trained on what another one says; one that
+failed for a reason of its own is in quarantine until it is restarted.
 
 All ranks of the learner publish together: rank 0 has the fleet and tells the others. A broken
 transfer is repeated from scratch with the engines that are left; nothing of the old version needs
@@ -46,7 +47,7 @@ class SyncReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Call:
+class _Chosen:
     """The engines to give weights to, or why there are none."""
 
     engines: tuple[EngineHandle, ...] = ()
@@ -104,27 +105,27 @@ class Publisher:
 
     def _attempt(self, version: int) -> _Outcome:
         started = time.monotonic()
-        call = self.team.told(self._call() if self.fleet else _Call(), _Call)
-        if not call.engines:
-            return _Outcome(failure=call.failure)
-        passages = self.team.gathered(self._carry(call.engines, version), _Passage)
+        chosen = self.team.told(self._choose() if self.fleet else _Chosen(), _Chosen)
+        if not chosen.engines:
+            return _Outcome(failure=chosen.failure)
+        passages = self.team.gathered(self._carry(chosen.engines, version), _Passage)
         if any(passage.failures is not None for passage in passages):
             self.carrier.abandon()
-            return self.team.told(self._blamed(call.engines, passages), _Outcome)
-        verdict = self.proof.check(call.engines, version)
+            return self.team.told(self._blamed(chosen.engines, passages), _Outcome)
+        verdict = self.proof.check(chosen.engines, version)
         return self.team.told(
-            self._concluded(call.engines, passages, verdict, version, started), _Outcome
+            self._concluded(chosen.engines, passages, verdict, version, started), _Outcome
         )
 
-    def _call(self) -> _Call:
-        """From here on they hold no version."""
+    def _choose(self) -> _Chosen:
+        """From here on they hold no version; on rank 0."""
         assert self.fleet is not None
         try:
             engines = self.fleet.wait_ready(1, self.engine_timeout_s)
         except FleetNotReady as error:
-            return _Call(failure=str(error))
+            return _Chosen(failure=str(error))
         self.fleet.set_version(engines, None)
-        return _Call(engines=tuple(engines))
+        return _Chosen(engines=tuple(engines))
 
     def _carry(self, engines: tuple[EngineHandle, ...], version: int) -> _Passage:
         try:
@@ -193,17 +194,12 @@ def _quarantine_culprits(
         guilty = {engine: "does not answer" for engine in engines if engine not in alive}
     else:
         guilty = {engine: failures[engine.url] for engine in engines if engine.url in failures}
-    for engine in engines:
-        if engine in guilty:
-            fleet.quarantine(engine, guilty[engine])
-        else:
-            _close_session(engine)
+    for engine, reason in guilty.items():
+        fleet.quarantine(engine, reason)
+    # The others may have an update open, which would refuse the next /begin_weight_update. At once:
+    # the other ranks of the learner wait for us.
+    others = [engine.url for engine in engines if engine not in guilty]
+    idle = control.post_each(others, "/end_weight_update", {}, timeout_s=_CLOSE_TIMEOUT_S)
+    for sentence in idle.values():
+        log.info("no update to close: %s", sentence)
     return [f"{engine.name}: {reason}" for engine, reason in guilty.items()]
-
-
-def _close_session(engine: EngineHandle) -> None:
-    """Leave the engine ready for the next /begin_weight_update."""
-    try:
-        control.post(f"{engine.url}/end_weight_update", {}, timeout_s=_CLOSE_TIMEOUT_S)
-    except CallFailed as error:
-        log.info("%s had no update to close: %s", engine.name, error)

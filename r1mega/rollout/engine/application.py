@@ -25,7 +25,7 @@ def _require_key(api_key: str) -> Any:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode()
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if request.path not in _OPEN_PATHS and not hmac.compare_digest(given, expected):
             return json_answer({"error": {"message": "wrong or missing API key"}}, status=401)
         return await handler(request)

@@ -216,6 +216,7 @@ def test_dummy_weights_tokenizer_and_api_key(
     body = {"input_ids": [3], "sampling_params": {"max_new_tokens": 200, "sampling_seed": 1}}
     assert server.call("/generate", body)[0] == 401
     assert server.call("/generate", body, Authorization="Bearer wrong")[0] == 401
+    assert server.call("/generate", body, Authorization="Bearer \xff")[0] == 401
     status, answer = server.call("/generate", body, Authorization="Bearer secret")
     assert status == 200
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": 1}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from r1mega.weights import fp8
 from r1mega.weights.blocks import weight_name
-from r1mega.weights.inspection import Progress, in_order, values_of
+from r1mega.weights.inspection import in_order, values_of
+from r1mega.weights.progress import Advance
 from r1mega.weights.readers import Reader
 from r1mega.weights.regions import Region
 from r1mega.weights.streams import Band, stored_bands
@@ -55,14 +56,14 @@ def compare(
     second: Reader,
     names: Iterable[str],
     *,
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
 ) -> Iterator[Difference | None]:
     """What differs of each of ``names``, in order; None: equal bit for bit."""
     return in_order(partial(_compare_tensor, first, second, progress), names)
 
 
 def _compare_tensor(
-    first: Reader, second: Reader, progress: Progress, name: str
+    first: Reader, second: Reader, progress: Advance, name: str
 ) -> Difference | None:
     mine, other = first.tensors.get(name), second.tensors.get(name)
     if mine is None or other is None:
@@ -74,7 +75,7 @@ def _compare_tensor(
 
 
 def _compare_values(
-    first: Reader, second: Reader, name: str, progress: Progress
+    first: Reader, second: Reader, name: str, progress: Advance
 ) -> Difference | None:
     mine, other = first.tensors[name].dtype, second.tensors[name].dtype
     differs, largest, reach = mine != other, 0.0, 0.0

@@ -30,6 +30,7 @@ from r1mega.weights.checkpoints.manifest import (
     verify_file,
 )
 from r1mega.weights.inventory import take_inventory
+from r1mega.weights.progress import Advance
 from r1mega.weights.readers import Reader, is_torch_dist
 from r1mega.weights.regions import extent
 from r1mega.weights.slices import CHECKPOINT_INDEX, SliceReader
@@ -38,7 +39,6 @@ from r1mega.weights.tensor_file import DTYPES, TensorFileError, num_bytes
 
 THREADS = 4  # more than cores: some of them wait for the disk
 _NORM_ELEMENTS = 1 << 18  # as float64 they stay in the processor's cache
-Progress = Callable[[int], None]  # told of bytes that were read
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -97,7 +97,7 @@ class Summary:
 
 
 def check_whole(
-    reader: Reader, network: schema.Model, *, progress: Progress = lambda _: None
+    reader: Reader, network: schema.Model, *, progress: Advance = lambda _: None
 ) -> None:
     """Raises ValueError with the first thing that is wrong, the first damaged tensor by name.
 
@@ -115,7 +115,7 @@ def check_whole(
 
 
 def describe(
-    reader: Reader, names: Iterable[str], *, progress: Progress = lambda _: None
+    reader: Reader, names: Iterable[str], *, progress: Advance = lambda _: None
 ) -> Iterator[TensorFacts]:
     """What is in the tensors ``names``, in order.
 
@@ -174,7 +174,7 @@ def values_of(reader: Reader, band: Band) -> Tensor:
     return fp8.dequantize(band.values, scales, (row, column))
 
 
-def _facts(reader: Reader, progress: Progress, name: str) -> TensorFacts:
+def _facts(reader: Reader, progress: Advance, name: str) -> TensorFacts:
     squares, num_nan, num_infinite = 0.0, 0, 0
     for band in stored_bands(reader, name):
         for values in values_of(reader, band).flatten().split(_NORM_ELEMENTS):
@@ -189,7 +189,7 @@ def _facts(reader: Reader, progress: Progress, name: str) -> TensorFacts:
     return TensorFacts(name, stored.shape, stored.dtype, sqrt(squares), num_nan, num_infinite)
 
 
-def _check_digests(folder: Path, progress: Progress) -> None:
+def _check_digests(folder: Path, progress: Advance) -> None:
     """The small files that say what the large ones hold come first."""
     files = sorted(read_manifest(folder).items(), key=lambda file: file[1].bytes)
     described = [file for file in files if not file[0].endswith(".safetensors")]
@@ -198,7 +198,7 @@ def _check_digests(folder: Path, progress: Progress) -> None:
         pass
 
 
-def _check_digest(folder: Path, progress: Progress, file: tuple[str, FileRecord]) -> None:
+def _check_digest(folder: Path, progress: Advance, file: tuple[str, FileRecord]) -> None:
     name, record = file
     try:
         verify_file(folder / name, record)

@@ -1,7 +1,10 @@
 """Telling a user how far work on many bytes has come."""
 
+from collections.abc import Callable
 from threading import Lock
 from typing import Protocol
+
+Advance = Callable[[int], None]  # told of bytes that were done just now; by several threads
 
 
 class Listener(Protocol):

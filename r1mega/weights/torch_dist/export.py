@@ -10,12 +10,13 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from r1mega.config import network, schema
-from r1mega.system.files import sync_folder, write_atomically
+from r1mega.system.files import sync_folder, write_files
 from r1mega.weights import fp8
 from r1mega.weights.checkpoints.checkpoint import COMPANIONS
 from r1mega.weights.checkpoints.manifest import partial_folder
+from r1mega.weights.progress import Advance
 from r1mega.weights.readers import Reader, check_outside
 from r1mega.weights.regions import Region, extent, indices, intersect, moved, volume
 from r1mega.weights.tensor_file import DTYPES
@@ -76,7 +78,7 @@ def export(
     fused_norms: bool,
     companions: Mapping[str, bytes] = MappingProxyType({}),
     threads: int = 4,
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    progress: Advance = lambda _: None,
 ) -> None:
     """Write the weights that ``reader`` holds to the new folder ``target``; FP8 as BF16.
 
@@ -98,11 +100,10 @@ def export(
         with warnings.catch_warnings(), _threads_that_raise():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
             save({}, storage_writer=writer, planner=planner, no_dist=True)
-        torch.save({}, partial / "common.pt")
-        (partial / COMPANIONS).mkdir()
-        for name, content in companions.items():
-            (partial / COMPANIONS / name).write_bytes(content)
-        write_atomically(partial / "metadata.json", json.dumps(_STRATEGY))
+        texts = {f"{COMPANIONS}/{name}": content for name, content in companions.items()}
+        texts["common.pt"] = _saved({}).getvalue()
+        texts["metadata.json"] = json.dumps(_STRATEGY).encode()
+        write_files(partial, texts)
         sync_folder(partial)
         partial.rename(target)
         sync_folder(target.parent)
@@ -155,7 +156,7 @@ class _Planner(DefaultSavePlanner):
         reader: Reader,
         model: schema.Model,
         fused_norms: bool,
-        progress: Callable[[int], None],
+        progress: Advance,
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self._reader = reader
@@ -185,7 +186,7 @@ class _Planner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """Called by the writer's threads."""
         if write_item.type == WriteItemType.BYTE_IO:
-            return _no_extra_state()
+            return _saved([None])  # as megatron-core writes it for a module without extra state
         chunk = self._chunks[write_item.index]
         values = torch.empty(extent(chunk.region), dtype=chunk.dtype)
         for part in chunk.parts:
@@ -256,10 +257,9 @@ def _stateful_modules(home: Home, leading: tuple[int, ...]) -> Iterator[str]:
         yield f"{module}._extra_state/shard_{place}_{shape}"
 
 
-def _no_extra_state() -> io.BytesIO:
-    """As megatron-core writes it for a module without one."""
+def _saved(value: Any) -> io.BytesIO:
     content = io.BytesIO()
-    torch.save([None], content)
+    torch.save(value, content)
     return content
 
 

@@ -256,6 +256,15 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
         assert contents(out) == expected
 
 
+@pytest.fixture
+def minds_ctrl_c() -> Iterator[None]:
+    """A process that was started in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("minds_ctrl_c")
 def test_what_was_done_before_ctrl_c_is_not_done_again(hf: Path) -> None:
     out = hf.parent / "out"
     interrupting = Stopping(100, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -39,23 +39,22 @@ class Piece:
         return prod(stop - start for start, stop in self.region) * ITEMSIZES[self.dtype]
 
 
-Message = tuple[Piece, ...]
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Pieces, the bytes (start, stop) of each on the wire, and how many that are."""
 
+    pieces: tuple[Piece, ...]
+    spans: tuple[tuple[int, int], ...]
+    size: int
 
-def spans(message: Message) -> list[tuple[int, int]]:
-    """The bytes (start, stop) of each piece in its message."""
-    found: list[tuple[int, int]] = []
-    stop = 0
-    for piece in message:
-        start = _aligned(stop)
-        stop = start + piece.nbytes
-        found.append((start, stop))
-    return found
-
-
-def size(message: Message) -> int:
-    """Bytes on the wire."""
-    return spans(message)[-1][1]
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> "Message":
+        pieces, spans, stop = tuple(pieces), list[tuple[int, int]](), 0
+        for piece in pieces:
+            start = _aligned(stop)
+            stop = start + piece.nbytes
+            spans.append((start, stop))
+        return cls(pieces, tuple(spans), stop)
 
 
 def _aligned(nbytes: int) -> int:
@@ -118,16 +117,16 @@ class Turns:
 def encode_header(queue: Sequence[Message]) -> bytes:
     """A sender's queue for one receiver."""
     return json.dumps(
-        [[[p.tensor, p.region, p.dtype] for p in message] for message in queue],
+        [[[p.tensor, p.region, p.dtype] for p in message.pieces] for message in queue],
         separators=(",", ":"),
     ).encode()
 
 
-def decode_header(header: bytes) -> list[Message]:
-    return [
-        tuple(
+def decode_header(header: bytes) -> tuple[Message, ...]:
+    return tuple(
+        Message.of(
             Piece(tensor, tuple((start, stop) for start, stop in region), dtype)
-            for tensor, region, dtype in message
+            for tensor, region, dtype in pieces
         )
-        for message in json.loads(header)
-    ]
+        for pieces in json.loads(header)
+    )

@@ -7,10 +7,9 @@ leaving the group tells all others. Memory: two messages that cannot be received
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,6 @@ from r1mega.rollout.p2p.messages import (
     Turns,
     decode_header,
     in_turn,
-    size,
-    spans,
 )
 from r1mega.rollout.p2p.wire import PeerLost, Posted, Window, Wire, as_bytes, digest, wire_device
 from r1mega.rollout.wire import join_group
@@ -142,29 +139,27 @@ class _Incoming:
 
     def receive_all(self) -> None:
         queues = self._headers()
-        arriving = in_turn(queues, self._turn)
-        staged = [size(message) for _, message in arriving if self._in_place(message) is None]
-        window = Window(self._take, max(staged, default=0), self._wire.device)
-        for sender, message in arriving:
+        window = Window(self._take, self._wire.device)
+        for sender, message in in_turn(queues, self._turn):
             place = self._in_place(message)
-            data = window.stage(size(message)) if place is None else place
-            posted = self._wire.receive(data, sender, message[0].tensor)
+            data = window.stage(message.size) if place is None else place
+            posted = self._wire.receive(data, sender, message.pieces[0].tensor)
             arrival = _Arrival(posted, sender, message, data, place is not None)
             window.add(arrival, staged=place is None)
-        counts = {sender: sum(map(len, queue)) for sender, queue in queues.items()}
+        counts = {sender: len(_pieces(queue)) for sender, queue in queues.items()}
         digests = self._from_each(counts, torch.int64, "the digests")
         window.finish()
         self._compare_digests(queues, digests())
 
-    def _headers(self) -> dict[int, list[Message]]:
+    def _headers(self) -> dict[int, tuple[Message, ...]]:
         """What each sender is going to send; every piece that does not fit here is a fault."""
         one = dict.fromkeys(self._senders, 1)
         lengths = self._from_each(one, torch.int64, "a header's length")()
         sizes = {sender: int(length.item()) for sender, length in lengths.items()}
         headers = self._from_each(sizes, torch.uint8, "a header")()
-        queues = {s: decode_header(bytes(header.tolist())) for s, header in headers.items()}
+        queues = {s: decode_header(header.cpu().numpy().tobytes()) for s, header in headers.items()}
         for sender, queue in queues.items():
-            for piece in chain.from_iterable(queue):
+            for piece in _pieces(queue):
                 if (misfit := self._misfit(piece)) is not None:
                     self._note(f"learner rank {sender} sends what does not fit: {misfit}")
         return queues
@@ -204,7 +199,7 @@ class _Incoming:
 
     def _in_place(self, message: Message) -> Tensor | None:
         """The memory that a message can be received in: that of its only piece."""
-        (piece, *more) = message
+        (piece, *more) = message.pieces
         if more or self.fault:
             return None
         place = self._place(piece)
@@ -214,7 +209,8 @@ class _Incoming:
     def _take(self, arrival: "_Arrival") -> None:
         """Finish a message: hash it as it came, and put it where it belongs."""
         arrival.posted.wait()
-        for piece, (start, stop) in zip(arrival.message, spans(arrival.message), strict=True):
+        message = arrival.message
+        for piece, (start, stop) in zip(message.pieces, message.spans, strict=True):
             values = arrival.data[start:stop]
             self._digests[arrival.sender].append(digest(values))
             if not arrival.in_place and not self.fault:
@@ -222,10 +218,10 @@ class _Incoming:
                 place.copy_(values.view(getattr(torch, piece.dtype)).view(place.shape))
 
     def _compare_digests(
-        self, queues: Mapping[int, list[Message]], digests: Mapping[int, Tensor]
+        self, queues: Mapping[int, Sequence[Message]], digests: Mapping[int, Tensor]
     ) -> None:
         for sender, sent in digests.items():
-            pieces = chain.from_iterable(queues[sender])
+            pieces = _pieces(queues[sender])
             for piece, mine, his in zip(pieces, self._digests[sender], sent.tolist(), strict=True):
                 if mine != his:
                     self._note(
@@ -234,3 +230,7 @@ class _Incoming:
 
     def _note(self, fault: str) -> None:
         self.fault = self.fault or fault
+
+
+def _pieces(queue: Sequence[Message]) -> list[Piece]:
+    return [piece for message in queue for piece in message.pieces]

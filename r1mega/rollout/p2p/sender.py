@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from r1mega.rollout.p2p.messages import (
+    Message,
     Piece,
     Region,
     Turns,
     encode_header,
     in_turn,
     pack,
-    size,
-    spans,
     split,
 )
 from r1mega.rollout.p2p.wire import Posted, Window, Wire, as_bytes, digest
@@ -43,7 +42,14 @@ class Outgoing:
         return self.piece.nbytes
 
 
-Parcel = tuple[Outgoing, ...]  # a message, as its sender sees it
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A message, as its sender sees it."""
+
+    items: tuple[Outgoing, ...]
+    message: Message
+
+
 Read = Callable[[Outgoing], Tensor]  # the values, in any dtype
 
 
@@ -66,7 +72,8 @@ def in_rows(item: Outgoing, limit: int) -> Iterable[Outgoing]:
 def queue(items: Iterable[Outgoing], bucket_bytes: int) -> list[Parcel]:
     """The messages to one receiver."""
     pieces = chain.from_iterable(in_rows(item, bucket_bytes) for item in items)
-    return pack(pieces, lambda item: item.nbytes, bucket_bytes)
+    packed = pack(pieces, lambda item: item.nbytes, bucket_bytes)
+    return [Parcel(items, Message.of(item.piece for item in items)) for items in packed]
 
 
 def send_all(
@@ -78,42 +85,38 @@ def send_all(
     """
     turn = partial(turns.of, rank)
     receivers = sorted(queues, key=turn)
-    headers = {r: encode_header([_message(parcel) for parcel in queues[r]]) for r in receivers}
+    headers = {r: encode_header([parcel.message for parcel in queues[r]]) for r in receivers}
     lengths = {r: _numbers([len(headers[r])], wire) for r in receivers}
     small = _to_each(wire, lengths, "a header's length")
     small += _to_each(wire, {r: _as_tensor(headers[r], wire) for r in receivers}, "a header")
     departing = in_turn(queues, turn)
-    room = max((size(_message(parcel)) for _, parcel in departing), default=0)
     window = Window[tuple[Posted, Tensor]](  # with the data, to keep it alive
-        lambda message: message[0].wait(), room, wire.device
+        lambda message: message[0].wait(), wire.device
     )
     digests: dict[int, list[int]] = {receiver: [] for receiver in receivers}
     for receiver, parcel in departing:
         data, is_staged = _assemble(parcel, read, window, wire.device)
-        window.add((wire.send(data, receiver, parcel[0].piece.tensor), data), staged=is_staged)
-        digests[receiver] += [digest(data[a:b]) for a, b in spans(_message(parcel))]
+        posted = wire.send(data, receiver, parcel.message.pieces[0].tensor)
+        window.add((posted, data), staged=is_staged)
+        digests[receiver] += [digest(data[start:stop]) for start, stop in parcel.message.spans]
     small += _to_each(wire, {r: _numbers(digests[r], wire) for r in receivers}, "the digests")
     window.finish()
     for posted, _ in small:
         posted.wait()
-    return sum(item.nbytes for _, parcel in departing for item in parcel)
-
-
-def _message(parcel: Parcel) -> tuple[Piece, ...]:
-    return tuple(item.piece for item in parcel)
+    return sum(stop - start for _, parcel in departing for start, stop in parcel.message.spans)
 
 
 def _assemble(
     parcel: Parcel, read: Read, window: Window[Any], device: torch.device
 ) -> tuple[Tensor, bool]:
     """The bytes of a message, and whether they are packed or, of a lone slice, where it lies."""
-    first = read(parcel[0])
-    if len(parcel) == 1 and _is_ready(first, parcel[0].piece, device):
+    items, message = parcel.items, parcel.message
+    first = read(items[0])
+    if len(items) == 1 and _is_ready(first, items[0].piece, device):
         return as_bytes(first), False
-    message = _message(parcel)
-    data = window.stage(size(message))
-    for item, (start, stop) in zip(parcel, spans(message), strict=True):
-        values, dtype = first if item is parcel[0] else read(item), getattr(torch, item.piece.dtype)
+    data = window.stage(message.size)
+    for item, (start, stop) in zip(items, message.spans, strict=True):
+        values, dtype = first if item is items[0] else read(item), getattr(torch, item.piece.dtype)
         data[start:stop].view(dtype).view(values.shape).copy_(values)
     return data, True
 

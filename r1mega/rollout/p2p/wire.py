@@ -78,11 +78,10 @@ class Window(Generic[T]):
     While one staged message is on the wire, another one is packed or unpacked.
     """
 
-    def __init__(self, finish: Callable[[T], object], staged_bytes: int, device: torch.device):
-        """``finish`` waits for a message; no message that is staged has more than
-        ``staged_bytes``."""
+    def __init__(self, finish: Callable[[T], object], device: torch.device) -> None:
+        """``finish`` waits for a message."""
         self._finish = finish
-        self._staging = torch.empty(2, staged_bytes, dtype=torch.uint8, device=device)
+        self._staging = [torch.empty(0, dtype=torch.uint8, device=device)] * 2
         self._under_way: deque[tuple[T, bool]] = deque()
         self._num_staged = 0
 
@@ -91,7 +90,10 @@ class Window(Generic[T]):
         while sum(staged for _, staged in self._under_way) == len(self._staging):
             self._finish(self._under_way.popleft()[0])
         self._num_staged += 1
-        return self._staging[self._num_staged % len(self._staging), :size]
+        which = self._num_staged % len(self._staging)
+        if len(self._staging[which]) < size:
+            self._staging[which] = self._staging[which].new_empty(size)
+        return self._staging[which][:size]
 
     def add(self, message: T, *, staged: bool) -> None:
         if len(self._under_way) == _UNDER_WAY:

@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1mega.rollout.p2p.messages import (
+    Message,
     Piece,
     Turns,
     decode_header,
     encode_header,
     in_turn,
     pack,
-    size,
-    spans,
     split,
 )
 from r1mega.rollout.p2p.sender import Outgoing, in_rows
@@ -26,21 +25,23 @@ MIB = 1 << 20
 
 
 def test_spans_are_aligned_and_a_lone_piece_is_its_message():
-    message = (
+    pieces = (
         Piece("norm", ((0, 5),), "bfloat16"),  # 10 bytes
         Piece("codes", ((0, 1), (0, 3), (2, 5)), "float8_e4m3fn"),  # 9
         Piece("bias", ((4, 6),), "float32"),  # 8
     )
-    assert spans(message) == [(0, 10), (16, 25), (32, 40)]
-    assert size(message) == 40
-    assert size(message[:1]) == 10
+    message = Message.of(pieces)
+    assert message.spans == ((0, 10), (16, 25), (32, 40))
+    assert message.size == 40
+    assert Message.of(pieces[:1]).size == 10
 
 
 def test_a_header_says_all_of_a_queue():
-    queue = [
+    pieces = (
         (Piece("a.weight", ((0, 2), (4, 6)), "bfloat16"), Piece("b", ((0, 1),), "float32")),
         (Piece("experts.w13_weight", ((3, 4), (0, 8), (0, 8)), "float8_e4m3fn"),),
-    ]
+    )
+    queue = tuple(map(Message.of, pieces))
     assert decode_header(encode_header(queue)) == queue
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from r1mega.algorithms.sampling import Drawer, Drawn
 from r1mega.config.derived import max_response_tokens
 from r1mega.model.routing import routers
-from r1mega.parallel.collectives import broadcast_record
+from r1mega.parallel.collectives import broadcast_record, wait_for_all
 from r1mega.parallel.groups import Groups
 from r1mega.records import Prompt, Sampling
 from r1mega.rewards.compose import compose
@@ -166,6 +166,7 @@ def open_generation(
         fleet = Fleet(worker.directory.fleet, router, logs=worker.directory.logs)
         # The launcher registers engines as they come up; the first publish wants all of them.
         fleet.wait_ready(rollout.engines, rollout.engine_start_timeout_s)
+    wait_for_all("engines are there")  # loading SGLang may outlast a collective's timeout
     publisher = open_publisher(worker, fleet)
     try:
         yield Generation(

@@ -35,7 +35,8 @@ def open_publisher(worker: Worker, fleet: Fleet | None) -> Publisher:
     config, learner = worker.config, worker.learner
     fp8 = frozenset(fp8_weights(config.model) if config.rollout.quantization == "fp8" else ())
     team = Team(worker.groups.world, worker.backend.device)
-    # The other ranks wait for rank 0 in a collective: it must give up well before them.
+    # The other ranks wait for rank 0 in a collective: it must give up well before them, with one
+    # engine that falls silent as with none that comes back.
     timeout_s = config.cluster.collective_timeout_s / 4
     layout = engine_layout(config)
 
@@ -60,7 +61,7 @@ def open_publisher(worker: Worker, fleet: Fleet | None) -> Publisher:
         ),
         team=team,
         engine_bytes=engine_bytes(config.model, layout, itemsize),
-        engine_timeout_s=config.rollout.engine_start_timeout_s,
+        engine_timeout_s=min(config.rollout.engine_start_timeout_s, 3 * timeout_s),
     )
 
 

@@ -232,6 +232,8 @@ def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
     )
     if outside := next((p.file for p in pieces if not _is_inside(p.file)), None):
         raise ValueError(f"it names {outside!r}, which is not inside it")
+    if not all(isinstance(p.digest, str) and p.digest for p in pieces):
+        raise ValueError("a piece has no digest")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"there is no dtype {entry['dtype']!r}")
     return StoredTensor(tuple(map(index, entry["shape"])), pieces, entry["dtype"])

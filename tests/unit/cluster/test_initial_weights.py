@@ -122,7 +122,7 @@ def test_a_copy_without_its_description_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_ours_says_which_network_it_holds(tmp_path: Path) -> None:
     tensors = {
-        name: StoredTensor(shape, (Piece("a", name, whole(shape)),), "F32")
+        name: StoredTensor(shape, (Piece("a", name, whole(shape), "0" * 32),), "F32")
         for name, shape in hf_shapes(LLAMA).items()
     }
     (tmp_path / "index.json").write_text(checkpoint_index(tensors))

@@ -64,6 +64,14 @@ def test_says_what_is_wrong(folder: Path) -> None:
             reader.read("t", (8, 6), WHOLE)
 
 
+def test_a_piece_without_a_digest_is_refused(tmp_path: Path) -> None:
+    write_index(tmp_path, list(PARTS))
+    path = tmp_path / "index.json"
+    path.write_text(path.read_text().replace("0" * 32, "", 1))
+    with pytest.raises(ValueError, match="a piece has no digest"):
+        SliceReader(tmp_path)
+
+
 def test_a_tensor_stored_in_part_is_refused(tmp_path: Path) -> None:
     save_file({"t": TABLE[:, :3].contiguous()}, tmp_path / "a.safetensors")
     write_index(tmp_path, ["a.safetensors"])

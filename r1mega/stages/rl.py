@@ -36,6 +36,8 @@ def main(config: Config, backend: Backend) -> int:
     if worker.groups.rank == 0 and _keeps(config) and config.rollout.replay is None:
         forget_rollouts(worker.directory.rollouts, progress.rollout)
     if reference is None and config.algorithm.kl_coef:
+        if progress.step:
+            worker.say(f"no reference policy was saved: from here on it is step {progress.step}'s")
         reference = worker.learner.weights.copy_to_host()
     watch = Stopwatch()
     steps = config.stage.steps

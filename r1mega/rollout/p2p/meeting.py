@@ -18,7 +18,9 @@ from r1mega.rollout.p2p.receiver import Invitation
 from r1mega.rollout.wire import join_group
 
 _JOIN_TIMEOUT_S = 60.0
-_CALL_TIMEOUTS = 4  # a whole transfer may take so many timeouts of a single message
+# A whole transfer may take so many timeouts of a single message: fewer than the four after which
+# the collective ends in which the other learner ranks wait for rank 0, and rank 0 for the calls.
+_CALL_TIMEOUTS = 3
 
 Calls = dict[str, "Future[object]"]  # the invitations that engines are in, by URL
 

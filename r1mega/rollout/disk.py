@@ -58,15 +58,10 @@ class Disk:
     def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
         target = self._folder / f"version_{version:06d}"
         partial = self._folder / f".{target.name}.partial"
-        try:
-            self._together(lambda: self._create(partial))
-            self._weights.settle()
-            self._together(lambda: self._fill(partial))
-            self._together(lambda: self._name(partial, target))
-        except CarryFailed:  # on all ranks: nobody writes any more
-            if self._team.is_root:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        self._together(lambda: self._create(partial))
+        self._weights.settle()
+        self._together(lambda: self._fill(partial))
+        self._together(lambda: self._name(partial, target))
         if not self._team.is_root:
             return Carried()
         self._load(engines, target, version)
@@ -77,7 +72,9 @@ class Disk:
         return Carried(bytes=size * self._ranks_per_engine * len(engines))
 
     def abandon(self) -> None:
-        """Nothing is open between two versions."""
+        """Engines have read what they hold, and another attempt writes anew."""
+        if self._team.is_root:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _together(self, step: Callable[[], None]) -> None:
         """Returns when every rank has done it; raises CarryFailed on all when one could not."""

@@ -310,11 +310,15 @@ def test_evaluation_leaves_the_record_of_a_run_alone(straight: Path, tmp_path: P
 def test_broken_weights_end_in_a_sentence(straight: Path, tmp_path: Path, runs: list[Run]) -> None:
     from safetensors.torch import load_file, save_file
 
-    broken = tmp_path / "broken"
-    shutil.copytree(straight / "checkpoints/step_000012", broken)
-    tensors = load_file(broken / "weights-00000.safetensors")
+    from r1mega.weights.conversion.convert import megatron_to_hf
+    from tests.unit.weights.conversion.test_convert import Listening
+
+    broken = tmp_path / "broken"  # a folder without digests, which would have found it
+    megatron_to_hf(straight / "checkpoints/step_000012", broken, Listening())
+    (shard,) = broken.glob("*.safetensors")
+    tensors = load_file(shard)
     tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, broken / "weights-00000.safetensors")
+    save_file(tensors, shard)
     runs.append(run := Run(tmp_path, f"model.init={broken}", "rollout.max_retries=2"))
     assert run.end() == 1
     assert "the logits are not finite numbers: the weights are broken" in run.said()

@@ -195,7 +195,7 @@ def test_fp8_weights_by_disk_are_proved_in_every_sync(base: str, tmp_path: Path)
         assert row["sync/bytes"] == row["sync/minimum_bytes"]
         assert 1e-5 < row["sync/probe_difference"] < 0.1
         assert 1e-5 < row["mismatch/max"] < 1
-    assert [path.name for path in (folder / "engine_weights").iterdir()] == ["version_000002"]
+    assert not (folder / "engine_weights").exists()  # a whole copy of the model
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(straight: Path, base: str) -> None:

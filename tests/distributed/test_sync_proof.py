@@ -201,7 +201,7 @@ def test_disk_leaves_nothing_of_a_version_that_did_not_fit(
     monkeypatch.setattr(TensorFile, "write", fails)
     with pytest.raises(SyncFailed, match="No space left on device"):
         publisher(client, disk(Source(), tmp_path)).publish(1)
-    assert list((tmp_path / "versions").iterdir()) == []
+    assert not (tmp_path / "versions").exists()
 
 
 def disk(source: Source, folder: Path, fp8_names: frozenset[str] = frozenset()) -> Disk:

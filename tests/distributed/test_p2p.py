@@ -40,7 +40,7 @@ from r1mega.rollout.wire import join_group
 from r1mega.system.processes import free_port
 from r1mega.weights.engine_names import EngineLayout
 from r1mega.weights.reshard import Plan, plan
-from tests.distributed.fleets import running_fleet, weights
+from tests.distributed.fleets import running_fleet, wait_until, weights
 from tests.distributed.launch import run_ranks
 from tests.distributed.publishing import Source, checksums, local_weights, publisher
 from tests.distributed.shards import cut, engine_shard, learner_shard
@@ -269,7 +269,7 @@ def test_everybody_ends_when_one_is_gone(results: list[dict[str, Any]], how: str
             assert re.match(expected, found[rank]), found[rank]
 
 
-def publish_on_rank(folder: str, router_url: str, victim: int) -> list[Any]:
+def publish_on_rank(folder: str, router_url: str, victim: int, url: str) -> list[Any]:
     """One learner rank of two; an engine dies while the second version is on its way."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     team = Team(dist.group.WORLD)
@@ -293,7 +293,8 @@ def publish_on_rank(folder: str, router_url: str, victim: int) -> list[Any]:
         nonlocal reads
         reads += 1
         if rank == 1 and reads == 20:
-            os.kill(victim, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)  # its keeper: the engine follows in a moment
+            wait_until(lambda: not control.answers(f"{url}/health", timeout_s=30))
         return type(carrier._outbox).read(carrier._outbox, item)
 
     carrier._outbox.read = read  # type: ignore[method-assign]
@@ -315,6 +316,7 @@ def test_an_engine_killed_on_the_way_is_left_out(tmp_path: Path) -> None:
             folder=str(fleet.folder),
             router_url=fleet.router_url,
             victim=one.pid,
+            url=one.url,
         )
         assert control.get(f"{zero.url}/model_info", timeout_s=30)["weight_version"] == "2"
     tensors = weights(1)

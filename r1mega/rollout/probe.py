@@ -77,7 +77,7 @@ class Probe:
         return (
             f"its log-probs differ from the learner's by {difference:.1e} on average, above the "
             f"{self.tolerance:.1e} of rollout.probe_tolerance: weights, what is derived from them "
-            "or its prefix cache are not those of this version"
+            "or its prefix cache are not those of this version, or it computes another network"
         )
 
     def _score(self, sequences: list[Sequence]) -> list[tuple[float, ...]]:

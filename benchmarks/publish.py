@@ -26,7 +26,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNIN
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from r1mega.config.schema import Model
 from r1mega.data.tokenizer import save_tokenizer
@@ -45,9 +44,8 @@ from r1mega.rollout.wire import join_group
 from r1mega.system.processes import free_port
 from r1mega.weights.collect import hf_tensors
 from r1mega.weights.engine_names import EngineLayout
-from r1mega.weights.holders import holders
-from r1mega.weights.local import LocalWeights, random_region
-from r1mega.weights.names import Spec, fp8_weights, hf_shapes, parameter_slices
+from r1mega.weights.local import random_region
+from r1mega.weights.names import fp8_weights, hf_shapes
 
 MODEL = Model(
     vocab_size=16_384,
@@ -80,6 +78,9 @@ def main() -> None:
 
 def rank(number: str, port: str, scratch: str, *urls: str) -> dict[str, object]:
     """One of two learner ranks; what it measured."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the weights of tests
+    from tests.distributed.shards import filled_shard
+
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -92,7 +93,9 @@ def rank(number: str, port: str, scratch: str, *urls: str) -> dict[str, object]:
         for i, url in enumerate(urls)
     )
     folder, team = Path(scratch), Team(dist.group.WORLD)
-    weights, names = shard(int(number)), list(hf_shapes(MODEL))
+    policy = random_region(seed=1, std=0.02)
+    weights = filled_shard(MODEL, Layout(world=2, tp=2), int(number), policy, torch.bfloat16)
+    names = list(hf_shapes(MODEL))
     fp8 = fp8_weights(MODEL)
     collect = partial(hf_tensors, weights, device=torch.device("cpu"))
     carrier = partial(Broadcast, is_root=team.is_root, bucket_bytes=BUCKET_BYTES)
@@ -146,34 +149,6 @@ def summary(seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str,
             f"{name}_over_bare": round(median(bare[1:]) / median(seconds[name][1:]), 2),
         }
     return result
-
-
-def shard(rank_: int) -> LocalWeights:
-    """Half of the random policy in bf16, without a network around it."""
-    layout = Layout(world=2, tp=2)
-    slices = tuple(parameter_slices(MODEL, layout, rank_))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for piece in slices:
-        rows, *columns = (stop for _, stop in piece.target)
-        shape = (rows * piece.blocks, *columns)
-        held = shapes.get(piece.megatron_name, shape)
-        shapes[piece.megatron_name] = tuple(map(max, held, shape))
-    weights = LocalWeights(
-        model=MODEL,
-        layout=layout,
-        spec=Spec(),
-        rank=rank_,
-        slices=slices,
-        tensors=({name: empty(name, shape) for name, shape in shapes.items()},),
-        holders=holders(MODEL, layout),
-    )
-    weights.fill(random_region(seed=1, std=0.02))
-    return weights
-
-
-def empty(name: str, shape: tuple[int, ...]) -> Tensor:
-    dtype = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
-    return torch.empty(shape, dtype=dtype)
 
 
 def bare_broadcast(num_bytes: int) -> float:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from r1mega.weights.tensor_file import bytes_of, octets
+
 Checksum = Callable[[Tensor], str]
 
 _WORD = 0xFFFFFFFF
@@ -23,7 +25,7 @@ _HALVES = (
 def cpu_checksum(values: Tensor) -> str:
     """On a CPU: the first 16 hex digits of the SHA-256 of the row-major bytes
     (managers/mm_utils.py, ``tensor_hash``)."""
-    return hashlib.sha256(_bytes(values.cpu()).numpy().data).hexdigest()[:16]
+    return hashlib.sha256(bytes_of(values.cpu())).hexdigest()[:16]
 
 
 def cuda_checksum(values: Tensor) -> str:
@@ -32,17 +34,13 @@ def cuda_checksum(values: Tensor) -> str:
     Words of 32 bits are mixed with their positions by murmur3's finaliser, added up in tiles, and
     the finalised sums of the tiles are added up once more.
     """
-    octets = _bytes(values)
-    words = pad(octets, (0, -octets.numel() % 4)).view(torch.int32)
+    data = octets(values)
+    words = pad(data, (0, -data.numel() % 4)).view(torch.int32)
     if not words.numel():
         return f"{0:016x}"
     step = _TILE * _TILES_AT_ONCE
     sums = [_tile_sum(words, start, step) for start in range(0, words.numel(), step)]
     return f"{_splitmix64(sum(sums)):016x}"
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _tile_sum(words: Tensor, start: int, length: int) -> int:

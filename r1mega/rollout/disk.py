@@ -18,6 +18,7 @@ from r1mega.rollout.carrier import Carried, CarryFailed, post_all
 from r1mega.rollout.fleet import EngineHandle
 from r1mega.weights import fp8
 from r1mega.weights.blocks import BLOCK, own_scale_region, scale_name, scale_shape
+from r1mega.weights.checkpoints.manifest import partial_folder
 from r1mega.weights.conversion.hf_folder import shard_index
 from r1mega.weights.conversion.placing import Shapes, cut_by_size
 from r1mega.weights.holders import balanced_owners
@@ -57,7 +58,7 @@ class Disk:
 
     def carry(self, engines: tuple[EngineHandle, ...], version: int) -> Carried:
         target = self._folder / f"version_{version:06d}"
-        partial = self._folder / f".{target.name}.partial"
+        partial = partial_folder(target)
         self._together(lambda: self._create(partial))
         self._weights.settle()
         self._together(lambda: self._fill(partial))

@@ -20,6 +20,7 @@ from r1mega.rollout.carrier import CarryFailed
 from r1mega.rollout.control import CallFailed
 from r1mega.rollout.wire import join_group
 from r1mega.system import processes
+from r1mega.weights.tensor_file import octets
 
 _JOIN_TIMEOUT_S = 60.0
 Bucket = list[tuple[str, Tensor]]
@@ -152,19 +153,20 @@ def join(
     pending: list[Future[Any]] = [joined, *answers.values()]
     wait(pending, return_when=FIRST_EXCEPTION)
     pool.shutdown(wait=False)
-    failures = {url: str(e) for url, answer in answers.items() if (e := _failure_of(answer))}
-    broken = _failure_of(joined)
+    failures = {url: str(e) for url, answer in answers.items() if (e := failure_of(answer))}
+    broken = failure_of(joined)
     if failures or broken is not None:
         raise CarryFailed(failures, f"no group with {len(urls)} engines: {broken}")
     return Transfer(tuple(urls), name=name, timeout_s=timeout_s, group=joined.result())
 
 
-def _failure_of(future: "Future[Any]") -> BaseException | None:
+def failure_of(future: "Future[Any]") -> BaseException | None:
+    """What ended it, if something has."""
     return future.exception() if future.done() else None
 
 
 def _in_one_piece(bucket: Bucket) -> Tensor:
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
+    return torch.cat([octets(tensor) for _, tensor in bucket])
 
 
 def _update_body(bucket: Bucket, group_name: str, version: int | None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def open_publisher(worker: Worker, fleet: Fleet | None) -> Publisher:
         carrier=_carrier(worker, team, fp8, layout, timeout_s),
         proof=Proof(
             checksums=Checksums(
-                parameters=_parameters(config),
+                parameters=_parameters(config, layout),
                 ranks_per_engine=layout.tp,
                 collect=learner.hf_tensors,
                 quantized=fp8,
@@ -104,13 +104,13 @@ def _carrier(
             )
 
 
-def _parameters(config: Config) -> Callable[[int], tuple[Parameter, ...]]:
+def _parameters(config: Config, layout: EngineLayout) -> Callable[[int], tuple[Parameter, ...]]:
     """What each rank of an engine holds."""
     on_cpu = config.cluster.backend == "cpu" or config.rollout.engine == "embedded"
     return partial(
         engine_parameters,
         config.model,
-        engine_layout(config),
+        layout,
         dtype=torch.float32 if on_cpu else getattr(torch, engine_dtype(config)),
         checksum=cpu_checksum if on_cpu else cuda_checksum,
     )

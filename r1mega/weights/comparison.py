@@ -18,6 +18,7 @@ from r1mega.weights.progress import Advance
 from r1mega.weights.readers import Reader
 from r1mega.weights.regions import Region
 from r1mega.weights.streams import Band, stored_bands
+from r1mega.weights.tensor_file import octets
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,7 @@ def _compare_values(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.reshape(-1).view(torch.uint8)
+    return a.dtype == b.dtype and torch.equal(octets(a), octets(b))
 
 
 def _largest(a: Tensor, b: Tensor, region: Region) -> tuple[float, tuple[int, ...]]:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -78,12 +77,7 @@ class SliceReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -140,7 +134,7 @@ class SliceReader:
     def file(self, name: str) -> TensorFile:
         """The open file ``name`` of the folder."""
         if name not in self._files:
-            if not _is_inside(name):
+            if not is_inside(name):
                 raise ValueError(f"{self.folder}: its index names {name!r}, which is not inside it")
             try:
                 handle = TensorFile.open(self.folder / name)
@@ -230,7 +224,7 @@ def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
         Piece(p["file"], p["key"], tuple((index(a), index(b)) for a, b in p["region"]), p["digest"])
         for p in entry["pieces"]
     )
-    if outside := next((p.file for p in pieces if not _is_inside(p.file)), None):
+    if outside := next((p.file for p in pieces if not is_inside(p.file)), None):
         raise ValueError(f"it names {outside!r}, which is not inside it")
     if not all(isinstance(p.digest, str) and p.digest for p in pieces):
         raise ValueError("a piece has no digest")
@@ -255,7 +249,7 @@ def checkpoint_index(tensors: Mapping[str, StoredTensor]) -> str:
     return json.dumps({"format": FORMAT, "tensors": values})
 
 
-def _is_inside(name: Any) -> bool:
+def is_inside(name: Any) -> bool:
     """Is it a path that leads nowhere but down?"""
     if not isinstance(name, str):
         return False

@@ -14,7 +14,6 @@ from itertools import product
 from math import prod
 from operator import index
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -101,12 +100,7 @@ class TensorFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
@@ -223,8 +217,13 @@ def num_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 def bytes_of(values: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    view: memoryview = values.detach().reshape(-1).view(torch.uint8).numpy().data
+    view: memoryview = octets(values).numpy().data
     return view
+
+
+def octets(values: Tensor) -> Tensor:
+    """The bytes of a tensor in row-major order: its own memory where that is contiguous."""
+    return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def runs(shape: tuple[int, ...], region: Region) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,7 @@ from r1mega.rollout.carrier import Failures
 from r1mega.rollout.fleet import EngineHandle
 from r1mega.rollout.p2p.invite import Invite
 from r1mega.rollout.p2p.receiver import Invitation
+from r1mega.rollout.transfer import failure_of
 from r1mega.rollout.wire import join_group
 
 _JOIN_TIMEOUT_S = 60.0
@@ -116,13 +117,9 @@ def refusal(joining: "Future[ProcessGroup]", calls: Calls) -> Refusal:
     """
     pending: list[Future[Any]] = [joining, *calls.values()]
     wait(pending, return_when=FIRST_COMPLETED)
-    failures = {url: str(error) for url, call in calls.items() if (error := _failure(call))}
-    broken = _failure(joining)
+    failures = {url: str(error) for url, call in calls.items() if (error := failure_of(call))}
+    broken = failure_of(joining)
     if not failures and broken is None:
         return Refusal()
     summary = next(iter(failures.values()), f"no group with the engines: {broken}")
     return Refusal(failures=failures, summary=summary)
-
-
-def _failure(future: "Future[Any]") -> BaseException | None:
-    return future.exception() if future.done() else None

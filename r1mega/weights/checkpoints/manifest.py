@@ -12,13 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from r1mega.system.files import sync_folder, write_atomically
-from r1mega.weights.slices import FORMAT
+from r1mega.weights.slices import FORMAT, is_inside
 from r1mega.weights.tensor_file import digest_file
 
 MANIFEST = "manifest.json"
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from error
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if not is_inside(name):
             raise CheckpointError(f"{path} names {name!r}, which is not inside {folder}")
     return files
 

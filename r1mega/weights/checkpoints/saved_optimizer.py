@@ -9,7 +9,6 @@ from bisect import bisect_right
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -53,14 +52,9 @@ class SavedOptimizer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        for _, stack in self._files.values():
-            stack.close()
+    def __exit__(self, *_: object) -> None:
+        for opened in self._files.values():
+            opened[1].close()
 
     @property
     def empty(self) -> bool:

@@ -9,7 +9,6 @@ import json
 import os
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any, Self
 
 
@@ -34,12 +33,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     @property
